@@ -1,0 +1,1 @@
+"""Notes about the weather."""

@@ -1,0 +1,209 @@
+"""The first half of a turn: build the request, let hooks see it, ask the model, read its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from opentelemetry.trace import SpanKind
+
+from looplet.errors import BackendError, ErrorKind, ToolError
+from looplet.messages import LoggedRequest, Message
+from looplet.parsing import ParseFailure, parse_tool_calls
+from looplet.plan import Effects
+from looplet.prompt import Prompt, render, reread_task
+from looplet.scope import RunScope
+from looplet.steering import consult, consult_raw
+from looplet.telemetry import attributes, semconv
+from looplet.telemetry.recorder import error_name
+from looplet.telemetry.spans import Phase
+from looplet.tools import failure
+from looplet.types import Reply, Step, ToolCall, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply as the loop goes on with it."""
+
+    reply: Reply
+    problem: str = ""
+    """why it holds no tool call, in words for the model"""
+    error: Exception | None = None
+    """the model call failed"""
+
+
+def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
+    """Return the messages to send, after every hook had its say."""
+    with turn.phase(semconv.PRE_PROMPT) as phase:
+        told, run.briefing = run.briefing, []
+        messages = run.conversation.view(run.head, _briefing(told))
+        rewritten = False
+        for bound in run.hooks.of("pre_prompt"):
+            if run.context is not None:
+                yield from consult(run, phase, bound, run.state, run.session_log, run.context, _next_step(run))
+                continue
+            prompt = Prompt.of(messages)
+            taken: list[Sequence[Message]] = []
+            ask = partial(bound.function, run.state, run.session_log, prompt, _next_step(run))
+            yield from consult_raw(run, phase, bound, ask, lambda value, p=prompt, t=taken: _take(run, p, value, t))
+            if taken:
+                messages, rewritten = taken[0], True
+        added, run.briefing = run.briefing, []
+        if rewritten:
+            run.rewrites = run.trace.withhold_results = True
+            phase.put({semconv.REQUEST_REWRITTEN: True})
+            return [*messages, *_briefing(added)]
+        return run.conversation.view(run.head, _briefing([*told, *added]))
+
+
+def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Answer]:
+    """Send the messages and return what the model answered, or why it did not."""
+    model = run.model
+    logged = _log(run, messages)
+    with turn.phase(semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run)) as phase:
+        if phase.recording:
+            phase.put(attributes.of_request(logged))
+            _record_late_task(run, phase, messages)
+        phase.note(model=model.name, provider=model.provider)
+        run.model_calls += 1
+        run.turn_prompt = render(logged.new, logged.first)
+        try:
+            raw = yield from phase.call(model.request(messages, run.tools), model.lane)
+            reply = model.reply(raw, run.boundary)
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
+            _failed_call(run, phase, error)
+            answer = Answer(Reply(), error=error)
+        else:
+            answer = _read(run, phase, reply)
+            _count(run, reply.usage)
+            phase.note(reply=answer.reply, usage=reply.usage)
+            if phase.recording:
+                said = replace(reply, tool_calls=answer.reply.tool_calls) if reply.tool_calls else reply
+                phase.put(attributes.of_reply(said))
+    run.trace.durable()
+    return answer
+
+
+def remember(run: RunScope, answer: Answer) -> None:
+    """Add what the model said to the conversation."""
+    reply = answer.reply
+    if answer.problem:
+        run.conversation.append(Message.of_text("assistant", reply.text or "(nothing)"))
+        run.conversation.append(Message.of_text("user", answer.problem))
+    elif run.model.native or not reply.text:
+        run.conversation.append(Message.of_reply(reply))
+    else:  # the text protocol: the model must see its own words again, not our rendering of them
+        run.conversation.append(Message.of_text("assistant", reply.text))
+
+
+def error_step(run: RunScope, answer: Answer) -> Step:
+    """Return the step that stands for a failed model call or for replies that hold no tool call."""
+    failed = answer.error is not None
+    words = f"LLM call failed: {type(answer.error).__name__}: {answer.error}" if failed else answer.problem
+    call = ToolCall("__llm_error__" if failed else "__parse_error__")
+    kind = ErrorKind.EXECUTION if failed else ErrorKind.PARSE
+    error = ToolError(run.boundary.text(words), kind=kind, retriable=not failed)
+    usage, run.turn_usage = run.turn_usage, Usage()
+    return Step(_next_step(run), call, failure(call, error), usage, run.turn_prompt)
+
+
+def _next_step(run: RunScope) -> int:
+    return len(run.state.steps) + 1
+
+
+def _briefing(texts: Sequence[str]) -> tuple[Message, ...]:
+    return (Message.of_text("user", "\n\n".join(texts)),) if texts else ()
+
+
+def _take(run: RunScope, prompt: Prompt, value: Any, taken: list[Sequence[Message]]) -> bool:
+    if isinstance(value, Prompt):
+        messages: Sequence[Message] | None = value.messages
+    else:
+        messages = prompt.split(value) if isinstance(value, str) else None
+    if messages is None:
+        return False
+    pairs = zip(prompt.messages, messages, strict=True)
+    taken.append([old if new is old else _cleaned(run, old, new) for old, new in pairs])
+    return True
+
+
+def _cleaned(run: RunScope, old: Message, new: Message) -> Message:
+    parts = zip(old.parts, new.parts, strict=True)
+    return Message(new.role, tuple(n if n is o else {**n, **_clean_part(run, n)} for o, n in parts))
+
+
+def _clean_part(run: RunScope, part: dict[str, Any]) -> dict[str, Any]:
+    return {name: run.boundary.clean(part[name]) for name in ("content", "response", "arguments") if name in part}
+
+
+def _log(run: RunScope, messages: Sequence[Message]) -> LoggedRequest:
+    if not run.rewrites:
+        stable = len(run.head) + len(run.conversation)
+        unchanged = run.logged_prefix if run.logged_edits == run.conversation.edits else 0
+        run.logged_prefix, run.logged_edits = stable, run.conversation.edits
+        return run.log.request(messages, unchanged=unchanged, stable=stable)
+    return run.log.request(messages)
+
+
+def _identity(run: RunScope) -> dict[str, Any]:
+    model = run.model
+    identity: dict[str, Any] = {
+        semconv.OPERATION_NAME: semconv.CHAT,
+        semconv.PROVIDER_NAME: model.provider,
+        semconv.PROTOCOL: model.protocol,
+    }
+    if model.name:
+        identity[semconv.REQUEST_MODEL] = model.name
+    if run.config.max_tokens is not None:
+        identity[semconv.REQUEST_MAX_TOKENS] = run.config.max_tokens
+    if run.config.temperature is not None:
+        identity[semconv.REQUEST_TEMPERATURE] = float(run.config.temperature)
+    if model.server_address:
+        identity[semconv.SERVER_ADDRESS] = str(model.server_address)
+        if model.server_port:
+            identity[semconv.SERVER_PORT] = int(model.server_port)
+    return identity
+
+
+def _record_late_task(run: RunScope, phase: Phase, messages: Sequence[Message]) -> None:
+    """Record the task with the first request when a hook may rewrite it: not before the hook has seen it."""
+    if run.model_calls or not run.asks_rewriters:
+        return
+    if run.rewrites:
+        sent = messages[len(run.head) + len(run.conversation) - 1].text
+        if sent != run.conversation[-1].text:
+            run.task = reread_task(sent, run.task)
+    phase.put(attributes.of_task(run.task))
+
+
+def _failed_call(run: RunScope, phase: Phase, error: Exception) -> None:
+    phase.fail_with(error, error.kind if isinstance(error, BackendError) else error_name(error))
+    run.say_stop("llm_error")
+
+
+def _read(run: RunScope, phase: Phase, reply: Reply) -> Answer:
+    """Find the tool calls of a reply: native ones, else those in its text."""
+    calls: Sequence[ToolCall] = reply.tool_calls
+    if not calls:
+        try:
+            calls = parse_tool_calls(reply.text, run.tools.tool_names)
+        except ParseFailure as error:
+            run.parse_failures += 1
+            phase.event(semconv.EVENT_PARSE_FAILURE, {semconv.PARSE_ATTEMPT: run.parse_failures})
+            return Answer(reply, problem=run.boundary.text(str(error)))
+    run.parse_failures = 0
+    first = _next_step(run)
+    named = tuple(replace(c, call_id=run.unique_call_id(c.call_id, first + i)) for i, c in enumerate(calls))
+    return Answer(
+        replace(reply, tool_calls=named, text="" if run.model.native and not reply.tool_calls else reply.text)
+    )
+
+
+def _count(run: RunScope, usage: Usage | None) -> None:
+    if usage is None:
+        run.unreported_calls += 1
+        return
+    run.turn_usage = run.turn_usage + usage
+    run.state.usage = getattr(run.state, "usage", Usage()) + usage

@@ -1,0 +1,179 @@
+"""One shape for every backend: whatever `llm=` is, the loop asks a `Model` and gets a `Reply`.
+
+A backend is an object with one of these methods, sync or `async def`; the first it has is used:
+
+    chat(messages, *, tools, system_prompt, max_tokens, temperature) -> Reply
+    generate_with_tools(prompt, *, tools, max_tokens, system_prompt, temperature) -> list of content blocks
+    generate(prompt, *, max_tokens, system_prompt, temperature) -> str
+
+A method gets only the keyword arguments that it takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+from looplet.boundary import Boundary
+from looplet.config import LoopConfig
+from looplet.errors import ConfigError, LoopletError, did_you_mean
+from looplet.executors import refuse_async
+from looplet.messages import Message
+from looplet.plan import INLINE, SERIAL
+from looplet.prices import priced
+from looplet.prompt import render
+from looplet.tools import BaseToolRegistry
+from looplet.types import Reply, ToolCall, Usage
+
+PROTOCOLS: Final = ("chat", "generate_with_tools", "generate")
+DEFAULT_MAX_TOKENS: Final = 2000
+"""for backends whose `max_tokens` has no default"""
+
+
+class Backend(Protocol):
+    """The full form of a backend."""
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        system_prompt: str,
+        max_tokens: int | None,
+        temperature: float | None,
+    ) -> Reply: ...
+
+
+class Model:
+    """A backend as the loop sees it."""
+
+    def __init__(self, llm: Any, config: LoopConfig, *, sync: bool) -> None:
+        self.llm = llm
+        self.protocol = _protocol_of(llm, native=config.use_native_tools)
+        self.name = str(getattr(llm, "model", "") or "")
+        self.provider = str(getattr(llm, "provider", "") or type(llm).__name__)
+        self.server_address = getattr(llm, "server_address", None)
+        self.server_port = getattr(llm, "server_port", None)
+        self.native = config.use_native_tools and self.protocol != "generate"
+        self._method = getattr(llm, self.protocol)
+        self._sync = sync
+        if sync and _is_async(self._method):
+            raise ConfigError("this backend is async: iterate with `async for step in async_composable_loop(...)`")
+        self.lane = INLINE if _is_async(self._method) else SERIAL
+        self._settings = self._settings_for(config)
+
+    def request(self, messages: Sequence[Message], tools: BaseToolRegistry) -> Callable[[], Any]:
+        """Return the call that asks the model; the messages begin with the system prompt, if there is one."""
+        system, first = self._split_system(messages)
+        given = {**self._settings, **system}
+        if self.protocol != "chat":
+            first = render(first)
+        if self.native:
+            given["tools"] = tools.tool_schemas() if self.protocol == "chat" else _api_schemas(tools)
+        call = partial(self._method, first, **given)
+        return (lambda: refuse_async(call())) if self._sync else call
+
+    def reply(self, raw: Any, boundary: Boundary) -> Reply:
+        """Return the model's answer, cleaned; raises LoopletError when the backend returned something else."""
+        reply = _reply_of(raw, self.protocol)
+        usage = reply.usage
+        if usage is not None:
+            usage = priced(usage, reply.model or self.name, str(getattr(self.llm, "base_url", "") or ""))
+        clean = boundary.text
+        calls = tuple(
+            ToolCall(clean(c.tool), boundary.clean(c.args), clean(c.reasoning), c.call_id, boundary.clean(c.metadata))
+            for c in reply.tool_calls
+        )
+        return Reply(
+            clean(reply.text), calls, usage, reply.model, reply.response_id, reply.finish_reason,
+            clean(reply.reasoning), boundary.clean(reply.metadata),
+        )  # fmt: skip
+
+    def _split_system(self, messages: Sequence[Message]) -> tuple[dict[str, str], Any]:
+        """Return the system prompt as an argument, if the method takes it, and the messages without it."""
+        if not self._accepted({"system_prompt": ""}):
+            return {}, messages
+        if messages[0].role == "system":
+            return {"system_prompt": messages[0].text}, messages[1:]
+        return {"system_prompt": ""}, messages
+
+    def _settings_for(self, config: LoopConfig) -> dict[str, Any]:
+        wanted = {"max_tokens": config.max_tokens, "temperature": config.temperature}
+        settings = {name: value for name, value in self._accepted(wanted).items() if value is not None}
+        if "max_tokens" not in settings and self._requires("max_tokens"):
+            settings["max_tokens"] = DEFAULT_MAX_TOKENS
+        if "temperature" not in settings and self._requires("temperature"):
+            settings["temperature"] = 0.2
+        if strange := [name for name in config.generate_kwargs if not self._accepted({name: None})]:
+            raise ConfigError(
+                f"generate_kwargs has {strange[0]!r}, which {type(self.llm).__name__}.{self.protocol} does not take"
+            )
+        return {**settings, **config.generate_kwargs}
+
+    def _accepted(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        parameters = _parameters(self._method)
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return wanted
+        return {name: value for name, value in wanted.items() if name in parameters}
+
+    def _requires(self, name: str) -> bool:
+        parameter = _parameters(self._method).get(name)
+        return parameter is not None and parameter.default is parameter.empty
+
+
+def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(method).parameters
+    except (TypeError, ValueError):  # no signature to be had: pass everything
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _protocol_of(llm: Any, *, native: bool) -> str:
+    for name in PROTOCOLS:
+        if callable(getattr(llm, name, None)) and (
+            native or name != "generate_with_tools" or not hasattr(llm, "generate")
+        ):
+            return name
+    if inspect.isclass(llm):
+        raise ConfigError(f"llm= takes a backend object: pass {llm.__name__}(...), not the class")
+    public = [name for name in dir(llm) if not name.startswith("_")]
+    hint = next((h for name in public if (h := did_you_mean(name, PROTOCOLS))), "")
+    raise ConfigError(
+        f"llm= takes an object with one of the methods {', '.join(PROTOCOLS)}; {type(llm).__name__} has none{hint}"
+    )
+
+
+def _api_schemas(tools: BaseToolRegistry) -> list[dict[str, Any]]:
+    return [spec.to_api_schema() for name in tools.tool_names if (spec := tools.get(name))]
+
+
+def _is_async(method: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(method)
+
+
+def _reply_of(raw: Any, protocol: str) -> Reply:
+    if isinstance(raw, Reply):
+        return raw
+    if isinstance(raw, str):
+        return Reply(text=raw)
+    if protocol == "generate_with_tools" and isinstance(raw, list):
+        return _of_blocks(raw)
+    expected = {"chat": "a looplet.Reply", "generate_with_tools": "a list of content blocks", "generate": "a str"}
+    raise LoopletError(f"the backend's {protocol}() returned {type(raw).__name__}; it must return {expected[protocol]}")
+
+
+def _of_blocks(blocks: Sequence[Mapping[str, Any]]) -> Reply:
+    text = "\n".join(str(b.get("text", "")) for b in blocks if b.get("type") == "text")
+    calls = tuple(
+        ToolCall(str(b.get("name", "")), dict(b.get("input") or {}), call_id=str(b.get("id") or ""))
+        for b in blocks
+        if b.get("type") == "tool_use"
+    )
+    return Reply(text=text, tool_calls=calls, finish_reason="tool_call" if calls else "stop")
+
+
+def usage_of(reply: Reply) -> Usage:
+    """Return the reply's usage, zero when none was reported."""
+    return reply.usage or Usage()

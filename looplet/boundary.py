@@ -1,0 +1,191 @@
+"""The one place where a value becomes recordable and redacted: exactly once, when it enters a run.
+
+What comes out is JSON-like (str, int, float, bool, None, list, dict with string keys), safe for every encoder, and it
+is what conversation, steps, spans, evals and the provider see.  Values that JSON has no word for get a stable form:
+
+    int beyond 64 bits      its decimal digits            NaN, Infinity     "NaN", "Infinity", "-Infinity"
+    bytes                   "base64:..."                  lone surrogates   "\\ud800", spelled out
+    set                     a sorted list                 dataclass & co.   a dict of its fields
+    a cycle                 "<cycle>"                     too deep (> 100)  "<too deep>"
+    anything else           str() when its class defines one, else "<ClassName>"
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Final, TypeAlias
+
+Redact: TypeAlias = Callable[[str], str]
+
+MAX_DEPTH: Final = 100
+INT64: Final = 1 << 63
+WITHHELD: Final = "[withheld: the redactor failed]"
+
+logger = logging.getLogger("looplet")
+
+
+class Boundary:
+    """Cleans the values of one run.  `redact` maps a string to the string that may be seen."""
+
+    __slots__ = ("_redact",)
+
+    def __init__(self, redact: Redact | None = None) -> None:
+        self._redact = redact
+
+    @property
+    def redacts(self) -> bool:
+        """Tell whether strings are changed on their way in."""
+        return self._redact is not None
+
+    def clean(self, value: Any) -> Any:
+        """Return the recordable, redacted form of any value.  Never raises."""
+        if value is None or value is True or value is False:
+            return value
+        if type(value) is str:
+            return self.text(value)
+        return self._clean(value, ())
+
+    def text(self, value: str) -> str:
+        """Return the recordable, redacted form of a string.  A redactor that fails withholds the whole string."""
+        value = encodable(value)
+        if self._redact is None:
+            return value
+        try:
+            redacted = self._redact(value)
+            if isinstance(redacted, str):
+                return encodable(redacted)
+            problem = f"it returned {type(redacted).__name__}, not str"
+        except Exception as error:  # noqa: BLE001 - the caller's redactor; a failure must neither leak nor end the run
+            problem = type(error).__name__
+        logger.error("looplet: the redactor failed (%s); the text was withheld", problem)
+        return WITHHELD
+
+    def _clean(self, value: Any, path: tuple[int, ...]) -> Any:
+        kind = type(value)
+        if kind is str:
+            return self.text(value)
+        if kind is bool or value is None:
+            return value
+        if kind is int or kind is float:
+            return self._number(value)
+        if id(value) in path:
+            return "<cycle>"
+        if len(path) >= MAX_DEPTH:
+            return "<too deep>"
+        try:
+            return self._container(value, (*path, id(value)))
+        except Exception:  # noqa: BLE001 - foreign objects: properties, iteration and str() may all raise
+            return f"<unreadable {kind.__name__}>"
+
+    def _number(self, value: float) -> Any:
+        if isinstance(value, int):
+            form: Any = value if -INT64 <= value < INT64 else _digits(value)
+        elif math.isfinite(value):
+            form = value
+        else:
+            form = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        if self._redact is None:
+            return form
+        text = str(form)
+        redacted = self.text(text)
+        return form if redacted == text else redacted
+
+    def _container(self, value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return self._mapping(value, path)
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return [self._clean(item, path) for item in value]
+        return self._clean(_plain(value), path)
+
+    def _mapping(self, value: Mapping[Any, Any], path: tuple[int, ...]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, item in value.items():
+            name = self.text(key if type(key) is str else _plain_key(key))
+            while name in out:  # two keys may be redacted to the same name; lose neither
+                name += "'"
+            out[name] = self._clean(item, path)
+        return out
+
+
+def encodable(text: str) -> str:
+    """Return `text` with lone surrogates spelled out, so that it can be encoded as UTF-8."""
+    if text.isascii():
+        return str(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
+    return str(text)
+
+
+def _digits(value: int) -> str:
+    return str(value) if value.bit_length() < 4096 else hex(value)  # str() refuses very long integers
+
+
+def _plain_key(key: Any) -> str:
+    try:
+        return str(_plain(key)) if not isinstance(key, (int, float, str)) else str(key)
+    except Exception:  # noqa: BLE001 - foreign str()
+        return f"<unreadable {type(key).__name__}>"
+
+
+def _plain(value: Any) -> Any:
+    """Return a builtin form of a foreign value."""
+    import base64
+    import dataclasses
+    import enum
+
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "base64:" + base64.b64encode(bytes(value)).decode()
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Set):
+        return sorted(value, key=_sort_key)
+    return _fields_of(value, dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _fields_of(value: Any, is_dataclass: bool) -> Any:
+    if is_dataclass:
+        import dataclasses
+
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr}
+    if hasattr(value, "__struct_fields__"):  # msgspec.Struct
+        return {name: getattr(value, name) for name in value.__struct_fields__}
+    if hasattr(value, "_asdict"):  # a named tuple
+        return value._asdict()
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):  # pydantic
+        return dump(mode="json")
+    if callable(isoformat := getattr(value, "isoformat", None)):
+        return isoformat()
+    if isinstance(value, Sequence):
+        return list(value)
+    if callable(item := getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:  # a numpy scalar
+        return item()
+    if callable(tolist := getattr(value, "tolist", None)):  # an array
+        return tolist()
+    return _words(value)
+
+
+def _words(value: Any) -> str:
+    kind = type(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, BaseException):
+        return f"{kind.__name__}: {value}"
+    if kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__:
+        text = str(value)
+        if " at 0x" not in text:  # an address is different in every process
+            return text
+    return f"<{kind.__name__}>"
+
+
+def _sort_key(value: Any) -> tuple[str, str]:
+    return type(value).__name__, str(value)

@@ -1,0 +1,167 @@
+"""What a hook may answer: `HookDecision`, and short ways to make one.
+
+Each hook method honours the fields that have a meaning there (`MEANING`); any other field is a mistake that is
+reported with the hook's and the method's name, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from looplet.errors import ConfigError
+from looplet.types import ToolResult
+
+
+@dataclass(frozen=True, slots=True)
+class HookDecision:
+    """One answer of one hook; every field that is None says nothing."""
+
+    block: str | None = None
+    """do not do it, and tell the model this reason"""
+    stop: str | None = None
+    """end the run with this stop reason"""
+    updated_args: dict[str, Any] | None = None
+    """run the tool with these arguments instead"""
+    updated_result: ToolResult | None = None
+    """this is the result: before dispatch the tool does not run, after it the result is replaced"""
+    permission: str | None = None
+    """`allow` or `deny`"""
+    additional_context: str | None = None
+    """text for the next request to the model"""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def is_block(self) -> bool:
+        """Tell whether the call or the ending is refused."""
+        return self.block is not None or self.permission == "deny"
+
+    def is_stop(self) -> bool:
+        """Tell whether the run is to end."""
+        return self.stop is not None
+
+    def is_noop(self) -> bool:
+        """Tell whether the decision changes nothing."""
+        return not self.said()
+
+    @property
+    def reason(self) -> str:
+        """Return the words that go with the decision."""
+        return self.block or self.stop or ""
+
+    @property
+    def retry(self) -> bool:
+        """Tell whether the model is invited to make a refused call again."""
+        return bool(self.metadata.get("retry"))
+
+    def said(self) -> list[str]:
+        """Return the names of the fields that say something; allowing alone is nothing new."""
+        named = [f.name for f in fields(self) if f.name != "metadata" and getattr(self, f.name) is not None]
+        return [name for name in named if name != "permission" or self.permission != "allow"]
+
+
+def Allow(updated_args: dict[str, Any] | None = None) -> HookDecision:  # noqa: N802 - reads like a word of the language
+    """Let the call run, with other arguments if given."""
+    return HookDecision(permission="allow", updated_args=updated_args)
+
+
+def Deny(reason: str, *, retry: bool = False) -> HookDecision:  # noqa: N802
+    """Refuse the call; with `retry` the model is told that the same call may succeed later."""
+    return HookDecision(permission="deny", block=reason, metadata={"retry": True} if retry else {})
+
+
+def Block(reason: str) -> HookDecision:  # noqa: N802
+    """Refuse the call, or the ending when returned from `check_done`."""
+    return HookDecision(block=reason)
+
+
+def Stop(reason: str) -> HookDecision:  # noqa: N802
+    """End the run with this stop reason."""
+    return HookDecision(stop=reason)
+
+
+def Continue(ctx: str | None = None) -> HookDecision:  # noqa: N802
+    """Go on, with some text for the next request if given."""
+    return HookDecision(additional_context=ctx)
+
+
+def InjectContext(text: str) -> HookDecision:  # noqa: N802
+    """Add text to the next request to the model."""
+    return HookDecision(additional_context=text)
+
+
+_ANYWHERE: Final = frozenset({"stop", "additional_context"})
+
+# hook method -> the fields that mean something there
+MEANING: Final[dict[str, frozenset[str]]] = {
+    "pre_loop": _ANYWHERE,
+    "pre_prompt": _ANYWHERE,
+    "pre_dispatch": _ANYWHERE | {"block", "permission", "updated_args", "updated_result"},
+    "check_permission": _ANYWHERE | {"block", "permission", "updated_args"},
+    "post_dispatch": _ANYWHERE | {"updated_result"},
+    "check_done": _ANYWHERE | {"block", "permission"},
+    "should_stop": _ANYWHERE,
+    "on_loop_end": frozenset(),
+}
+
+_RETURNS: Final = {
+    "pre_prompt": "None, a str or a HookDecision",
+    "pre_dispatch": "None, a ToolResult or a HookDecision",
+    "check_permission": "None, a bool or a HookDecision",
+    "post_dispatch": "None, a str, a ToolResult or a HookDecision",
+    "check_done": "None, a str (the reason to go on) or a HookDecision",
+    "should_stop": "None, a bool, a str (the stop reason) or a HookDecision",
+    "pre_loop": "None or a HookDecision",
+    "on_loop_end": "None or an int",
+}
+
+_NOTHING: Final = HookDecision()
+
+
+def interpret(value: Any, hook: str, method: str) -> HookDecision:
+    """Return the decision that a hook method's return value stands for.
+
+    Raises ConfigError naming hook and method for a type or a field that has no meaning there.
+    """
+    if value is None:
+        return _NOTHING
+    decision = _decision_of(value, method)
+    if decision is None:
+        raise ConfigError(
+            f"{hook}.{method} returned {type(value).__name__} ({value!r:.60}); it may return {_RETURNS[method]}"
+        )
+    if strange := [name for name in decision.said() if name not in MEANING[method]]:
+        raise ConfigError(
+            f"{hook}.{method} returned a HookDecision with {', '.join(strange)}, which has no meaning there; "
+            f"{method} understands {', '.join(sorted(MEANING[method])) or 'no field'}"
+        )
+    return decision
+
+
+def _decision_of(value: Any, method: str) -> HookDecision | None:
+    if isinstance(value, HookDecision):
+        return value
+    if isinstance(value, ToolResult):
+        return HookDecision(updated_result=value) if method in ("pre_dispatch", "post_dispatch") else None
+    if isinstance(value, bool):
+        return _of_bool(value, method)
+    if isinstance(value, str):
+        return _of_str(value, method)
+    return _NOTHING if isinstance(value, int) and method == "on_loop_end" else None
+
+
+def _of_bool(value: bool, method: str) -> HookDecision | None:
+    if method == "should_stop":
+        return HookDecision(stop="hook_requested_stop") if value else _NOTHING
+    if method == "check_permission":
+        return _NOTHING if value else HookDecision(permission="deny")
+    return None
+
+
+def _of_str(value: str, method: str) -> HookDecision | None:
+    if method in ("pre_prompt", "post_dispatch", "pre_loop"):
+        return HookDecision(additional_context=value) if value else _NOTHING
+    if method == "check_done":
+        return HookDecision(block=value)
+    if method == "should_stop":
+        return HookDecision(stop=value) if value else _NOTHING
+    return None

@@ -1,0 +1,113 @@
+"""The end of a run: the hooks' last word, the totals, and the promise that every span ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+from looplet.decisions import interpret
+from looplet.hooks import BoundMethod
+from looplet.plan import Effects, Skipped
+from looplet.scope import RunScope
+from looplet.state import SessionLog
+from looplet.telemetry import attributes, semconv
+from looplet.telemetry.recorder import error_name
+from looplet.telemetry.spans import NORMAL_ENDINGS, Phase
+from looplet.types import Usage
+
+FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_body", "interpreter_exit"})
+"""stop reasons that make the run's span an error"""
+
+
+@contextmanager
+def record_ending(run: RunScope) -> Iterator[Phase]:
+    """Open the run's span; whatever happens inside, end every span of the run with a reason and write them."""
+    trace = run.trace
+    for sink in trace.recorder.sinks:
+        sink.attach(trace.recorder)
+    try:
+        with trace.run(_identity(run)) as root:
+            try:
+                yield root
+            finally:
+                trace.leave_turns()
+                ending = run.ending = run.ending or "error"
+                trace.sweep(ending if ending in NORMAL_ENDINGS | FAILURES else "error")
+                _record_totals(run, root, ending)
+    finally:
+        trace.durable()
+        for sink in trace.recorder.sinks:
+            sink.detach(trace.recorder)
+
+
+def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:
+    """Ask every `on_loop_end` hook; return what is to be raised: `failure`, else what the first of them raised."""
+    run.trace.leave_turns()
+    with root.phase(semconv.END) as phase:
+        for bound in run.hooks.of("on_loop_end"):
+            error = yield from _say_goodbye(run, phase, bound)
+            failure = failure or error
+        if failure is not None and run.ending not in FAILURES:
+            run.ending = "error"
+        phase.put({semconv.STOP_REASON: run.ending or ""})
+        if (notes := _own_notes(run)) is not None:
+            phase.put({semconv.SESSION_LOG: notes})
+        if failure is not None:
+            phase.fail_with(failure)
+        yield from run.trace.settle(phase)
+    if isinstance(failure, Exception):
+        root.fail_with(failure)
+    elif failure is not None:
+        root.fail("cancelled", error_name(failure))
+    return failure
+
+
+def _say_goodbye(run: RunScope, phase: Phase, bound: BoundMethod) -> Effects[Exception | None]:
+    thunk = partial(bound.function, run.state, run.session_log, run.context, run.model.llm)
+    name = {semconv.HOOK_NAME: bound.hook, semconv.HOOK_METHOD: bound.method}
+    try:
+        value = yield from phase.call(thunk)
+        interpret(value, bound.hook, bound.method)
+    except Skipped:
+        phase.event(semconv.EVENT_HOOK_SKIPPED, name)
+    except Exception as error:  # noqa: BLE001 - a hook; every other one still gets its turn
+        phase.event(semconv.EVENT_HOOK, {**name, semconv.ERROR_TYPE: error_name(error)})
+        phase.put(name)
+        return error
+    return None
+
+
+def _identity(run: RunScope) -> dict[str, object]:
+    return {
+        semconv.OPERATION_NAME: semconv.INVOKE_AGENT,
+        semconv.AGENT_NAME: run.trace.agent,
+        semconv.SEGMENT_NUMBER: 1,
+    }
+
+
+def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
+    usage = getattr(run.state, "usage", None) or Usage()
+    root.put(
+        {
+            semconv.STOP_REASON: ending,
+            semconv.STEP_COUNT: len(run.state.steps),
+            semconv.TURN_COUNT: run.trace.turn_number,
+            **attributes.of_run_usage(usage, run.unreported_calls),
+        }
+    )
+    if ending in FAILURES and not root.failed:
+        root.fail(ending)
+    root.note(stop_reason=ending, usage=usage, steps=len(run.state.steps))
+
+
+def _own_notes(run: RunScope) -> str | None:
+    """Return the session log's text where somebody else wrote into it too: the steps alone do not tell it then."""
+    retold = SessionLog(title=run.session_log.title, highlights_label=run.session_log.highlights_label)
+    for step in run.state.steps:
+        if not step.tool_call.tool.startswith("__"):
+            retold.record_step(step)
+    if retold.entries == run.session_log.entries and retold.title == SessionLog().title:
+        return None
+    return run.boundary.text(run.session_log.render())

@@ -1,0 +1,135 @@
+"""Every error that looplet raises on purpose.
+
+LoopletError
+├── ConfigError         the caller's mistake; says what to write instead
+├── BackendError        the provider failed            .status  .retryable  .retry_after_s
+│   └── ContextOverflow the request is longer than the model's window
+├── ToolError           raised by a tool author to talk to the model   .kind  .retriable
+└── TraceError          a trace file that cannot be read               .path  .line
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Any
+
+
+class LoopletError(Exception):
+    """Base of all errors below; nothing else is raised on purpose."""
+
+
+class ConfigError(LoopletError, TypeError, ValueError):
+    """The caller's mistake; the message says what to write instead."""
+
+
+class BackendError(LoopletError):
+    """The model's provider failed.
+
+    `status` is the HTTP status if there was one, `kind` a low-cardinality name for spans and metrics
+    (`rate_limit`, `timeout`, `network`, `server_error`, ...), `retry_after_s` what the provider asked for, in seconds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        kind: str = "backend_error",
+        retryable: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s
+
+
+class ContextOverflow(BackendError):
+    """The request is longer than the model's context window."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message, status=status, kind="context_overflow")
+
+
+class ErrorKind(StrEnum):
+    """Why a tool call has no result; the `error.type` of its span."""
+
+    PERMISSION_DENIED = "permission_denied"
+    TIMEOUT = "timeout"
+    VALIDATION = "validation"
+    EXECUTION = "execution"
+    PARSE = "parse"
+    CONTEXT_OVERFLOW = "context_overflow"
+    RATE_LIMIT = "rate_limit"
+    NETWORK = "network"
+    CANCELLED = "cancelled"
+
+
+class ToolError(LoopletError):
+    """What went wrong in a tool call, in words for the model.  A tool raises it; `ToolResult.error_detail` holds it.
+
+    Two of them are equal when they say the same thing, so that a result read back from a trace equals the live one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: ErrorKind | str = ErrorKind.EXECUTION,
+        retriable: bool = False,
+        context: Mapping[str, Any] | None = None,
+        recovery_hint: Any = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.kind = ErrorKind(kind)
+        self.retriable = retriable
+        self.context = dict(context or {})
+        self.recovery_hint = recovery_hint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the parts that are recorded; `from_dict` is the inverse."""
+        return {
+            "message": self.message,
+            "kind": str(self.kind),
+            "retriable": self.retriable,
+            "context": self.context,
+            "recovery_hint": self.recovery_hint,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ToolError:
+        """Build the error that `to_dict` described."""
+        return cls(
+            data["message"],
+            kind=data.get("kind", ErrorKind.EXECUTION),
+            retriable=bool(data.get("retriable")),
+            context=data.get("context"),
+            recovery_hint=data.get("recovery_hint"),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ToolError) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.message, self.kind))
+
+
+class TraceError(LoopletError):
+    """A trace file that cannot be read; `path` and `line` (from 1, 0 if unknown) say where."""
+
+    def __init__(self, message: str, *, path: str = "", line: int = 0) -> None:
+        where = f"{path}:{line}: " if line else f"{path}: " if path else ""
+        super().__init__(where + message)
+        self.path = path
+        self.line = line
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

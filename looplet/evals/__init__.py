@@ -1,0 +1,1 @@
+"""Scoring runs: live, or read back from their traces."""

@@ -1,0 +1,80 @@
+"""The plan of a run, phase by phase: pre_prompt, chat, pre_dispatch, check_done, dispatch, post_dispatch, yield, stop?
+
+It is a generator that performs no I/O (`looplet.plan`); `looplet.run` drives it, sync or async.
+"""
+
+from __future__ import annotations
+
+from looplet.asking import chat, error_step, pre_prompt, remember
+from looplet.dispatch import take_calls
+from looplet.ending import end_run, record_ending
+from looplet.plan import Closing, Effects, Plan
+from looplet.scope import RunResult, RunScope
+from looplet.steering import consult
+from looplet.telemetry import attributes, semconv
+from looplet.telemetry.manifest import manifest
+from looplet.telemetry.spans import Phase
+from looplet.types import Step
+
+
+def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
+    """Yield the steps of a run; return what it came to.  Every way out goes through the end phase."""
+    failure: BaseException | None = None
+    with record_ending(run) as root:
+        try:
+            yield from begin(run, root)
+            while run.stop is None and run.state.budget_remaining > 0:
+                yield from take_turn(run, root)
+            run.ending = run.stop or "budget_exhausted"
+        except Closing as closing:
+            run.ending = closing.reason
+        except Exception as error:  # noqa: BLE001 - raised again below, after the end phase
+            run.ending, failure = "error", error
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C, cancellation; raised again below
+            run.ending, failure = "cancelled", error
+        failure = yield from end_run(run, root, failure)
+    if failure is not None:
+        raise failure
+    return run.result(run.ending)
+
+
+def begin(run: RunScope, root: Phase) -> Effects[None]:
+    """Write the manifest, so that a killed run keeps it, and ask the `pre_loop` hooks."""
+    with root.phase(semconv.START, attributes=manifest(run) if root.recording else None):
+        pass
+    run.trace.durable()
+    if run.hooks.of("pre_loop"):
+        with root.phase(semconv.PRE_LOOP) as phase:
+            for bound in run.hooks.of("pre_loop"):
+                yield from consult(run, phase, bound, run.state, run.session_log, run.context)
+
+
+def take_turn(run: RunScope, root: Phase) -> Plan[Step, None]:
+    """Ask the model once and run the calls of its reply; yield a step for each."""
+    with run.trace.turn(root) as turn:
+        run.state.step_context = {}
+        messages = yield from pre_prompt(run, turn)
+        if run.stop is not None:
+            return
+        answer = yield from chat(run, turn, messages)
+        if answer.error is None:
+            remember(run, answer)
+        if answer.error is not None or run.parse_failures > run.config.parse_recovery:
+            run.parse_failures = 0
+            step = error_step(run, answer)
+            turn.event(semconv.EVENT_STEP, attributes.of_step(step))
+            run.state.steps.append(step)
+            yield step
+        entities = yield from take_calls(run, turn, answer.reply.tool_calls)
+        yield from should_stop(run, turn, entities)
+        yield from run.trace.settle(turn)
+    run.trace.durable()
+
+
+def should_stop(run: RunScope, turn: Phase, entities: int) -> Effects[None]:
+    """Ask the hooks whether that was the last turn."""
+    if not run.hooks.of("should_stop") or run.stop is not None:
+        return
+    with turn.phase(semconv.SHOULD_STOP) as phase:
+        for bound in run.hooks.of("should_stop"):
+            yield from consult(run, phase, bound, run.state, len(run.state.steps), entities)

@@ -1,0 +1,340 @@
+"""`composable_loop` and its async twin: one plan, two drivers.
+
+    for step in composable_loop(llm=..., tools=..., task={...}):
+        print(step.pretty())
+
+A run ends when its plan does.  It can also be left: `break`, `close()`, an exception in a `with` body, dropping it,
+the end of the interpreter.  Leaving throws `Closing(reason)` into the plan and goes on performing its effects, so
+that the end phase (`on_loop_end` hooks, totals, the last lines of the trace) happens however the run ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from looplet.config import LoopConfig
+from looplet.errors import ConfigError
+from looplet.executors import AsyncExecutor, LastExecutor, SyncExecutor
+from looplet.loop import agent_plan
+from looplet.messages import Conversation
+from looplet.plan import Call, Closing, Gather
+from looplet.scope import RunResult, RunScope
+from looplet.setup import make_scope
+from looplet.types import Step
+
+ExecutorT = TypeVar("ExecutorT", SyncExecutor, AsyncExecutor)
+
+_open_runs: weakref.WeakSet[_Run[Any]] = weakref.WeakSet()
+
+
+class _Run(Generic[ExecutorT]):
+    """What sync and async runs share: the plan, and every way of leaving it."""
+
+    def __init__(self, scope: RunScope, executor: ExecutorT) -> None:
+        self._scope = scope
+        self._plan = agent_plan(scope)
+        self._executor = executor
+        self._thread = threading.get_ident()
+        self._pid = os.getpid()
+        self._started = False
+        self._driving = False
+        self._asked_to_close: str | None = None
+        self.result: RunResult | None = None
+        """what the run came to; None until it has ended by itself"""
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id: 32 hex digits."""
+        return self._scope.trace.recorder.run_id
+
+    @property
+    def trace_id(self) -> str | None:
+        """Return the trace's id, None before the first step."""
+        return self._scope.trace.trace_id
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Return why the run ended, None while it has not."""
+        return self._scope.ending if self._ended else None
+
+    @property
+    def state(self) -> Any:
+        """Return the run's state."""
+        return self._scope.state
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """Return the task as it was recorded."""
+        return self._scope.task
+
+    @property
+    def session_log(self) -> Any:
+        """Return the run's notes."""
+        return self._scope.session_log
+
+    @property
+    def _ended(self) -> bool:
+        return self._plan.gi_frame is None
+
+    def _begin(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConfigError("this run belongs to the parent process; start a new one after the fork")
+        if not self._started:
+            self._started = True
+            _open_runs.add(self)
+        if self._driving:
+            raise ConfigError("this run is being iterated already; one step at a time")
+
+    def _next_effect(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        if self._asked_to_close is not None and resume == self._plan.send:
+            reason, self._asked_to_close = self._asked_to_close, None
+            return self._plan.throw(Closing(reason))
+        return resume(value)
+
+    def _settle(self, error: BaseException | None = None) -> None:
+        """Note that the plan has ended."""
+        if isinstance(error, StopIteration):
+            self.result = error.value
+        _open_runs.discard(self)
+        self._executor.close()
+
+    def _never_started(self, reason: str) -> bool:
+        """Tell whether there is nothing to leave; a run that never started ends without a trace of itself."""
+        if not self._started and not self._ended:
+            self._plan.close()
+            self._scope.ending = reason
+        return self._ended
+
+    def _leave_now(self, reason: str) -> None:
+        """Leave without waiting for anything: what needs an event loop or a thread is skipped, and said to be."""
+        if os.getpid() != self._pid or self._never_started(reason) or self._plan.gi_running:
+            return
+        executor = LastExecutor()
+        resume: Callable[[Any], Any] = self._plan.throw
+        value: Any = Closing(reason)
+        while True:
+            try:
+                value, resume = executor.perform(resume(value)), self._plan.send
+            except BaseException as error:  # noqa: BLE001 - relayed into the plan until it has ended
+                if self._ended:
+                    self._settle(error)
+                    return
+                value, resume = error, self._plan.throw
+
+    def __del__(self) -> None:
+        if getattr(self, "_started", False) and not self._ended and not sys.is_finalizing():
+            self._drop()
+
+    def _drop(self) -> None:
+        self._leave_now("closed_by_caller")
+
+
+class Run(_Run[SyncExecutor], Iterator[Step]):
+    """One run under `for`.  Also a context manager, which can tell an exception in its body from a `break`."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        if self._ended:
+            raise StopIteration
+        self._begin()
+        step: Step = self._drive(self._plan.send, None)
+        return step
+
+    def close(self, reason: str = "closed_by_caller") -> None:
+        """End the run now, in order; does nothing when it has ended.  From another thread: at the next effect."""
+        if os.getpid() != self._pid or self._never_started(reason):
+            return
+        if self._driving:
+            self._asked_to_close = reason
+            return
+        try:
+            self._drive(self._plan.throw, Closing(reason))
+        except StopIteration:
+            return
+        raise RuntimeError("the plan yielded a step while it was being closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close(_reason_for(kind))
+
+    def _drop(self) -> None:
+        self._driving = False  # nobody can be: nobody refers to the run any more
+        if self._thread == threading.get_ident():
+            self.close()
+        else:  # the garbage collector ran in another thread: this is no place for the caller's hooks
+            self._leave_now("closed_by_caller")
+
+    def _drive(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        """Perform effects until the plan yields a step; raises StopIteration, or what the run raises, at its end."""
+        self._driving = True
+        try:
+            return self._perform(resume, value)
+        finally:
+            self._driving = False
+
+    def _perform(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        while True:
+            try:
+                item = self._next_effect(resume, value)
+                if not isinstance(item, (Call, Gather)):
+                    return item
+                value, resume = self._executor.perform(item), self._plan.send
+            except BaseException as error:  # relayed into the plan until it has ended
+                if self._ended:
+                    self._settle(error)
+                    raise
+                value, resume = error, self._plan.throw
+
+
+class AsyncRun(_Run[AsyncExecutor], AsyncIterator[Step]):
+    """One run under `async for`.  Also an async context manager."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Step:
+        if self._ended:
+            raise StopAsyncIteration
+        self._begin()
+        try:
+            step: Step = await self._drive(self._plan.send, None)
+        except _PlanReturned:
+            raise StopAsyncIteration from None
+        return step
+
+    async def aclose(self, reason: str = "closed_by_caller") -> None:
+        """End the run now, in order; does nothing when it has ended."""
+        if os.getpid() != self._pid or self._never_started(reason):
+            return
+        if self._driving:
+            self._asked_to_close = reason
+            return
+        try:
+            await self._drive(self._plan.throw, Closing(reason))
+        except _PlanReturned:
+            return
+        raise RuntimeError("the plan yielded a step while it was being closed")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose(_reason_for(kind))
+
+    async def _drive(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        """Like `Run._drive`; raises `_PlanReturned` at the end, because coroutines may not raise StopIteration."""
+        self._driving = True
+        try:
+            return await self._perform(resume, value)
+        finally:
+            self._driving = False
+
+    async def _perform(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        while True:
+            try:
+                item = self._next_effect(resume, value)
+                if not isinstance(item, (Call, Gather)):
+                    return item
+                value, resume = await self._executor.perform(item), self._plan.send
+            except GeneratorExit:  # the awaiting coroutine is closed: nothing can be awaited any more
+                self._leave_now("cancelled")
+                raise
+            except BaseException as error:
+                if self._ended:
+                    self._settle(error)
+                    if isinstance(error, StopIteration):
+                        raise _PlanReturned from None
+                    raise
+                value, resume = error, self._plan.throw
+
+
+class _PlanReturned(Exception):  # noqa: N818 - an internal signal
+    """The plan has returned its result."""
+
+
+def _reason_for(kind: type[BaseException] | None) -> str:
+    return "closed_by_caller" if kind is None or issubclass(kind, GeneratorExit) else "exception_in_body"
+
+
+def composable_loop(
+    llm: Any,
+    task: dict[str, Any] | None = None,
+    tools: Any = None,
+    context: Any = None,
+    hooks: Sequence[Any] | None = None,
+    config: LoopConfig | None = None,
+    state: Any = None,
+    session_log: Any = None,
+    stream: Any = None,
+    conversation: Conversation | None = None,
+    *,
+    max_steps: int | None = None,
+    system_prompt: str | None = None,
+    tracer_provider: Any = None,
+) -> Run:
+    """Return the run of an agent: iterate over it to make it happen, a `Step` for each tool call.
+
+    llm: a backend (`looplet.backends`).  task: JSON-like, shown to the model as `key: value` lines.
+    tools: a `BaseToolRegistry` (`tools_from([...])`).  context: an object of yours that hooks get.
+    max_steps: beats the config's; when an explicit state disagrees, the smaller wins.
+
+    Raises ConfigError here, not at the first step, for arguments that cannot work.
+    """
+    settings = dict(
+        context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
+        conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
+    )  # fmt: skip
+    return Run(make_scope(llm, task, tools, sync=True, **settings), SyncExecutor())
+
+
+def async_composable_loop(
+    llm: Any,
+    task: dict[str, Any] | None = None,
+    tools: Any = None,
+    context: Any = None,
+    hooks: Sequence[Any] | None = None,
+    config: LoopConfig | None = None,
+    state: Any = None,
+    session_log: Any = None,
+    stream: Any = None,
+    conversation: Conversation | None = None,
+    *,
+    max_steps: int | None = None,
+    system_prompt: str | None = None,
+    tracer_provider: Any = None,
+) -> AsyncRun:
+    """Return the run of an agent for `async for`; the parameters are those of `composable_loop`.
+
+    Backends, tools and hooks may be `async def`; sync tools and backends run on looplet's own threads.
+    """
+    settings = dict(
+        context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
+        conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
+    )  # fmt: skip
+    return AsyncRun(make_scope(llm, task, tools, sync=False, **settings), AsyncExecutor())
+
+
+@atexit.register
+def _leave_open_runs() -> None:
+    for run in list(_open_runs):
+        run._leave_now("interpreter_exit")  # noqa: SLF001 - same module
+
+
+def _disown_runs() -> None:
+    _open_runs.clear()
+
+
+os.register_at_fork(after_in_child=_disown_runs)

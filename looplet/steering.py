@@ -1,0 +1,135 @@
+"""Asking hooks: what one answered, what it did to the run, and what happens when it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from looplet.decisions import HookDecision, interpret
+from looplet.errors import ToolError
+from looplet.hooks import GATES, BoundMethod
+from looplet.plan import Effects, Skipped
+from looplet.scope import RunScope
+from looplet.telemetry import semconv
+from looplet.telemetry.recorder import error_name
+from looplet.telemetry.spans import Phase
+from looplet.types import ToolResult
+
+
+def consult(run: RunScope, phase: Phase, bound: BoundMethod, *args: Any, **kwargs: Any) -> Effects[HookDecision]:
+    """Ask one hook and let its answer count: context and stop are taken up here, the rest is the caller's.
+
+    A gate that raises has refused.  Any other hook that raises ends the run.
+    """
+    return (yield from consult_raw(run, phase, bound, partial(bound.function, *args, **kwargs), _no_rewrite))
+
+
+def consult_raw(
+    run: RunScope,
+    phase: Phase,
+    bound: BoundMethod,
+    thunk: Callable[[], Any],
+    take: Callable[[Any], bool],
+) -> Effects[HookDecision]:
+    """Like `consult`, but `take` sees the raw answer first and returns True when it needs no interpretation."""
+    began = perf_counter()
+    try:
+        value = yield from phase.call(thunk)
+        if take(value):
+            _record(phase, bound, ["rewrite"], "", perf_counter() - began)
+            return HookDecision()
+        decision = _clean(run, interpret(value, bound.hook, bound.method))
+    except Skipped:
+        raise
+    except Exception as error:
+        decision = _failed(run, phase, bound, error, perf_counter() - began)
+    else:
+        if said := decision.said():
+            _record(phase, bound, said, decision.reason, perf_counter() - began)
+    if decision.additional_context:
+        run.briefing.append(decision.additional_context)
+    if decision.stop is not None:
+        run.say_stop(decision.stop)
+    return decision
+
+
+def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
+    """Return a result whose every field has passed the boundary."""
+    clean = run.boundary
+    detail = result.error_detail
+    if detail is not None:
+        detail = ToolError(
+            clean.text(detail.message),
+            kind=detail.kind,
+            retriable=detail.retriable,
+            context=clean.clean(detail.context),
+            recovery_hint=clean.clean(detail.recovery_hint),
+        )
+    return replace(
+        result,
+        tool=clean.text(str(result.tool)),
+        args_summary=clean.text(str(result.args_summary)),
+        data=clean.clean(result.data),
+        error=None if result.error is None else clean.text(str(result.error)),
+        error_detail=detail,
+        warnings=tuple(clean.text(str(w)) for w in result.warnings),
+        metadata=clean.clean(result.metadata),
+        raw=result.data if result.raw is None else result.raw,
+    )
+
+
+def _no_rewrite(value: Any) -> bool:
+    return False
+
+
+def _clean(run: RunScope, decision: HookDecision) -> HookDecision:
+    if decision.is_noop() and decision.permission is None:
+        return decision
+    clean = run.boundary
+
+    def text(value: str | None) -> str | None:
+        return None if value is None else clean.text(str(value))
+
+    return replace(
+        decision,
+        block=text(decision.block),
+        stop=text(decision.stop),
+        additional_context=text(decision.additional_context),
+        updated_args=None if decision.updated_args is None else clean.clean(dict(decision.updated_args)),
+        updated_result=None if decision.updated_result is None else clean_result(run, decision.updated_result),
+    )
+
+
+def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, took_s: float) -> HookDecision:
+    words = run.boundary.text(f"{type(error).__name__}: {error}")
+    _record(phase, bound, ["error"], words, took_s, error_type=error_name(error))
+    phase.put({semconv.HOOK_NAME: bound.hook, semconv.HOOK_METHOD: bound.method})
+    if bound.method not in GATES:
+        raise error
+    key = (bound.index, bound.method)
+    run.gate_failures[key] += 1
+    if run.gate_failures[key] >= run.config.gate_failures:
+        raise error
+    phase.fail_with(error)
+    if bound.method == "check_done":
+        return HookDecision(block=f"the gate {bound.hook} failed ({words}); the final answer was not accepted")
+    return HookDecision(permission="deny", block=f"the gate {bound.hook} failed ({words})")
+
+
+def _record(
+    phase: Phase, bound: BoundMethod, said: list[str], reason: str, took_s: float, *, error_type: str | None = None
+) -> None:
+    attributes: dict[str, Any] = {
+        semconv.HOOK_NAME: bound.hook,
+        semconv.HOOK_METHOD: bound.method,
+        semconv.HOOK_DECISION: "+".join(said),
+        semconv.HOOK_DURATION: took_s,
+    }
+    if reason:
+        attributes[semconv.HOOK_REASON] = reason
+    if error_type:
+        attributes[semconv.ERROR_TYPE] = error_type
+    phase.event(semconv.EVENT_HOOK, attributes)

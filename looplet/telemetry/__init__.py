@@ -1,0 +1,1 @@
+"""Spans, files and readers: how a run is recorded and read back."""

@@ -1,0 +1,126 @@
+"""How looplet's values look as span attributes: pure functions, testable without a tracer."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from looplet.messages import LoggedRequest, Message, encode
+from looplet.telemetry import semconv
+from looplet.types import Reply, Step, ToolCall, ToolResult, Usage
+
+Attributes = dict[str, Any]
+
+
+def of_request(request: LoggedRequest) -> Attributes:
+    """Return what was new in a request, and references to the rest (`looplet.messages`)."""
+    attributes: Attributes = {
+        semconv.INPUT_REFS: request.refs,
+        semconv.INPUT_SHA256: request.sha256,
+        semconv.INPUT_REQUEST: request.number,
+    }
+    if request.new:
+        attributes[semconv.INPUT_FIRST] = request.first
+        attributes[semconv.INPUT_MESSAGES] = request.new_json
+    return attributes
+
+
+def of_reply(reply: Reply) -> Attributes:
+    """Return what the model answered, and what it cost."""
+    message = {**Message.of_reply(reply).to_dict(), "finish_reason": reply.finish_reason or "stop"}
+    attributes: Attributes = {
+        semconv.OUTPUT_MESSAGES: encode([message]).decode(),
+        semconv.RESPONSE_FINISH_REASONS: [reply.finish_reason or "stop"],
+        **of_usage(reply.usage),
+    }
+    if reply.model:
+        attributes[semconv.RESPONSE_MODEL] = reply.model
+    if reply.response_id:
+        attributes[semconv.RESPONSE_ID] = reply.response_id
+    return attributes
+
+
+def of_usage(usage: Usage | None) -> Attributes:
+    """Return the tokens of one model call; a call without reported usage says so and counts nothing."""
+    if usage is None:
+        return {semconv.USAGE_REPORTED: False}
+    attributes: Attributes = {
+        semconv.INPUT_TOKENS: usage.input_tokens,
+        semconv.OUTPUT_TOKENS: usage.output_tokens,
+    }
+    if usage.cached_tokens:
+        attributes[semconv.CACHE_READ_TOKENS] = usage.cached_tokens
+    if usage.reasoning_tokens:
+        attributes[semconv.REASONING_TOKENS] = usage.reasoning_tokens
+    if usage.cost_usd is not None:
+        attributes[semconv.COST_USD] = usage.cost_usd
+    return attributes
+
+
+def of_run_usage(usage: Usage, unreported: int) -> Attributes:
+    """Return the totals of a run."""
+    attributes: Attributes = {
+        semconv.RUN_INPUT_TOKENS: usage.input_tokens,
+        semconv.RUN_OUTPUT_TOKENS: usage.output_tokens,
+    }
+    if usage.cost_usd is not None:
+        attributes[semconv.RUN_COST_USD] = usage.cost_usd
+    if unreported:
+        attributes[semconv.UNREPORTED_CALLS] = unreported
+    return attributes
+
+
+def of_call(call: ToolCall, step_number: int, known: bool) -> Attributes:
+    """Return a tool call as it begins to run."""
+    attributes: Attributes = {
+        semconv.OPERATION_NAME: semconv.EXECUTE_TOOL,
+        semconv.TOOL_NAME: call.tool if known else semconv.UNKNOWN_TOOL,
+        semconv.TOOL_TYPE: "function",
+        semconv.TOOL_CALL_ID: call.call_id,
+        semconv.STEP_NUMBER: step_number,
+        semconv.TOOL_CALL_ARGUMENTS: encode(call.args).decode(),
+    }
+    extra = {"reasoning": call.reasoning, "metadata": call.metadata}
+    if any(extra.values()):
+        attributes[semconv.TOOL_CALL] = encode(extra).decode()
+    return attributes
+
+
+def of_call_marker(call: ToolCall, step_number: int) -> Attributes:
+    """Return the marker that is on disk before a tool runs."""
+    return {
+        semconv.TOOL_NAME: call.tool,
+        semconv.TOOL_CALL_ID: call.call_id,
+        semconv.STEP_NUMBER: step_number,
+        semconv.ARGUMENTS_SHA256: hash_arguments(call),
+    }
+
+
+def hash_arguments(call: ToolCall) -> str:
+    """Return the hash that binds a verdict or a resumed run to the arguments of a call."""
+    return hashlib.sha256(encode(call.args)).hexdigest()
+
+
+def of_result(result: ToolResult) -> Attributes:
+    """Return what a tool call came to, but for its duration, which is the span's."""
+    attributes: Attributes = {}
+    if result.error is None:
+        attributes[semconv.TOOL_CALL_RESULT] = encode(result.data).decode()
+    rest = result.to_dict()
+    for name in ("data", "tool", "args_summary", "duration_ms", "call_id"):
+        del rest[name]
+    if result.error is not None and result.data is not None:
+        rest["data"] = result.data
+    if said := {name: value for name, value in rest.items() if value not in (None, [], {})}:
+        attributes[semconv.TOOL_RESULT] = encode(said).decode()
+    return attributes
+
+
+def of_step(step: Step) -> Attributes:
+    """Return a whole step, for steps that no `execute_tool` span tells."""
+    return {semconv.STEP_NUMBER: step.number, semconv.STEP_RECORD: encode(step.to_dict()).decode()}
+
+
+def of_task(task: dict[str, Any]) -> Attributes:
+    """Return the run's task, as JSON."""
+    return {semconv.TASK: encode(task).decode()}

@@ -1,0 +1,241 @@
+"""`ProvenanceSink`: the exporter that writes a run's spans to `trace.jsonl`, and a readable folder around it.
+
+The file is the artifact; everything else in the folder is rendered from it by `flush`.  looplet's own spans come
+straight from the recorder.  It is also an OpenTelemetry `SpanExporter` by shape (`export`, `shutdown`, `force_flush`),
+for spans of somebody else's: `provider.add_span_processor(SimpleSpanProcessor(sink))`.
+
+Taking a span is a `deque.append`: lock-free, so that a run collected in the middle of encoding can end its spans.
+Writing happens at durable points only, under a lock, and no code of the caller's runs under it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from looplet.boundary import Boundary
+from looplet.hooks import SINK
+from looplet.telemetry import semconv
+from looplet.telemetry.folder import clear_folder, write_folder
+from looplet.telemetry.otlp import encode_spans
+from looplet.telemetry.otlp_file import OtlpFile
+from looplet.telemetry.recorder import Recorder, count_drop
+
+TRACE_FILE: Final = "trace.jsonl"
+MAX_UNWRITTEN: Final = 8 << 20
+"""bytes kept for later when the disk refuses them; beyond, they are dropped and counted"""
+
+_sinks: weakref.WeakSet[ProvenanceSink] = weakref.WeakSet()
+
+
+class ProvenanceSink:
+    """Write runs to `dir/trace.jsonl`; pass it as `hooks=[sink]`, or wrap the backend: `llm=sink.wrap_llm(llm)`.
+
+    redact: maps each string that enters a run to what may be seen of it, by the provider too unless
+    `redact_upstream=False`.  fsync: have each durable point reach the disk, not just the operating system.
+    A new run into a folder that holds one starts afresh; the old file becomes `trace-<trace id>.jsonl`.
+    """
+
+    def __init__(
+        self,
+        dir: str | os.PathLike[str],  # noqa: A002 - the name that users know
+        *,
+        redact: Callable[[str], str] | None = None,
+        redact_upstream: bool = True,
+        fsync: bool = False,
+    ) -> None:
+        self.dir = Path(dir)
+        self.redact = redact
+        self.redact_upstream = redact_upstream
+        self._fsync = fsync
+        self._file: OtlpFile | None = None
+        self._pending: deque[Any] = deque()
+        self._unwritten = b""
+        self._lock = threading.RLock()
+        self._writing = False
+        self._runs: set[str] = set()
+        self._direct: set[str] = set()
+        self._inherited = False
+        _sinks.add(self)
+
+    @property
+    def looplet_sink(self) -> ProvenanceSink:
+        """Return the sink itself: what makes it one in `hooks=[...]`."""
+        return self
+
+    @property
+    def path(self) -> Path:
+        """Return the trace file's path."""
+        return self._file.path if self._file is not None else self.dir / TRACE_FILE
+
+    def wrap_llm(self, llm: Any, *, async_: bool | None = None) -> Any:
+        """Return the backend with this sink attached; it keeps every capability and every argument."""
+        return SinkedBackend(llm, self)
+
+    def trajectory_hook(self) -> ProvenanceSink:
+        """Return what to put into `hooks=[...]`: the sink itself will do."""
+        return self
+
+    def flush(self) -> Path:
+        """Write everything, render the readable folder, return its path."""
+        self.durable()
+        if self.path.exists():
+            write_folder(self.path)
+        return self.dir
+
+    # --- for runs ---------------------------------------------------------------------------------------------------
+
+    def attach(self, recorder: Recorder) -> None:
+        """Begin to write a run; the first one into a finished folder starts the file afresh."""
+        with self._lock:
+            if not self._runs:
+                self._open_file(recorder.run_id)
+            self._runs.add(recorder.run_id)
+            self._direct.add(recorder.run_id)
+
+    def on_end(self, span: Any) -> None:
+        """Take an ended span."""
+        self._pending.append(span)
+
+    def durable(self) -> None:
+        """Write what was taken so far.  Never raises: what cannot be written is kept, then counted."""
+        if self._writing and self._lock.acquire(blocking=False):
+            # This very thread is writing: a run was collected meanwhile.  The writer takes what it left.
+            try:
+                if self._writing:
+                    return
+            finally:
+                self._lock.release()
+        problems: list[tuple[str, str]] = []
+        with self._lock:
+            self._writing = True
+            try:
+                self._write_pending(problems)
+            finally:
+                self._writing = False
+        for cause, detail in problems:
+            count_drop(cause, detail)
+
+    def detach(self, recorder: Recorder) -> None:
+        """End writing a run."""
+        with self._lock:
+            self._runs.discard(recorder.run_id)
+
+    # --- opentelemetry.sdk.trace.export.SpanExporter ----------------------------------------------------------------
+
+    def export(self, spans: Sequence[Any]) -> Any:
+        """Write spans of a tracer provider; those of runs that this sink records anyway are passed over."""
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        from looplet.telemetry.router import copy_redacted
+
+        boundary = Boundary(self.redact)
+        for span in spans:
+            if (span.attributes or {}).get(semconv.RUN_ID) not in self._direct:
+                self.on_end(copy_redacted(span, boundary))
+        self.durable()
+        return SpanExportResult.FAILURE if self._unwritten else SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        """Write what is left.  The sink can still be used afterwards."""
+        self.durable()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        """Write what is left; tell whether all of it was."""
+        self.durable()
+        return not self._unwritten
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _open_file(self, run_id: str) -> None:
+        if self._inherited:  # the folder's file belongs to the parent process
+            self._file = OtlpFile(self.dir / f"trace-{run_id}.jsonl", fsync=self._fsync)
+            return
+        path = self.dir / TRACE_FILE
+        if self._file is not None:
+            self._file.close()
+        try:
+            set_aside(path)
+            clear_folder(self.dir)
+        except OSError as error:
+            count_drop("an older trace could not be set aside", repr(error))
+        self._file = OtlpFile(path, fsync=self._fsync)
+
+    def _write_pending(self, problems: list[tuple[str, str]]) -> None:
+        if self._file is None:
+            self._open_file("export")
+        assert self._file is not None
+        while self._pending or self._unwritten:
+            batch = [self._pending.popleft() for _ in range(len(self._pending))]
+            if batch:
+                self._unwritten += encode_spans(
+                    batch, on_error=lambda _, error: problems.append(("a span could not be encoded", repr(error)))
+                )
+            try:
+                self._file.write(self._unwritten)
+            except OSError as error:
+                problems.append(("the trace could not be written", f"{self._file.path}: {error}"))
+                self._forget_excess(problems)
+                return
+            self._unwritten = b""
+
+    def _forget_excess(self, problems: list[tuple[str, str]]) -> None:
+        if len(self._unwritten) > MAX_UNWRITTEN:
+            problems.append(("spans were dropped", f"{len(self._unwritten)} bytes that could not be written"))
+            self._unwritten = b""
+
+    def _disown(self) -> None:
+        """In a forked child: the file, and what was to be written to it, are the parent's."""
+        self._lock = threading.RLock()
+        self._writing = False
+        self._pending = deque()
+        self._unwritten = b""
+        self._runs = set()
+        if self._file is not None:
+            self._file.disown()
+            self._file = None
+            self._inherited = True
+
+
+class SinkedBackend:
+    """A backend with a sink attached; everything else is the backend's own."""
+
+    def __init__(self, inner: Any, sink: ProvenanceSink) -> None:
+        self.inner = inner
+        setattr(self, SINK, sink)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask for these before there is an `inner`
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename an existing trace file after its trace; return the new path, None when there is no file."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    with path.open("rb") as file:
+        head = file.read(4096)
+    _, _, after = head.partition(b'"traceId":"')
+    trace_id = after[:32].decode("ascii", "replace")
+    name = trace_id if len(trace_id) == 32 and trace_id.isalnum() else "unknown"
+    target = path.with_name(f"trace-{name}.jsonl")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"trace-{name}-{number}.jsonl")
+    path.rename(target)
+    return target
+
+
+def _disown_sinks() -> None:
+    for sink in list(_sinks):
+        sink._disown()  # noqa: SLF001 - same module
+
+
+os.register_at_fork(after_in_child=_disown_sinks)

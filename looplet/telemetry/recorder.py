@@ -1,0 +1,411 @@
+"""The recorder: looplet's own span, and the outlets that each one feeds.
+
+A `RecordedSpan` implements the OpenTelemetry API's `Span`, so that user code inside a tool finds a proper current
+span.  It may feed the run's *sinks* (files: everything) and the *user's tracer* (a real span held inside: ids, flags,
+and everything except content unless capture is on).  So the local file depends neither on the user's sampler nor on
+his attribute limits, `OTEL_SDK_DISABLED` or shutdown order, and content never reaches a network exporter by accident.
+
+Nothing in here may raise into a run: what the user's tracer raises is counted and logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from time import perf_counter_ns, time_ns
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+from opentelemetry import trace
+from opentelemetry.context import Context, set_value
+from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
+
+from looplet.boundary import Boundary
+from looplet.telemetry import semconv
+
+logger = logging.getLogger("looplet")
+
+RUN_KEY: Final = "looplet.run"
+"""the OpenTelemetry context key under which code inside a run finds its recorder"""
+
+UNSET: Final = Status()
+
+_random = random.Random()
+os.register_at_fork(after_in_child=_random.seed)  # two processes must not draw the same ids
+
+drops: dict[str, int] = {}
+"""what telemetry lost in this process, by cause; nothing is lost silently"""
+
+
+def count_drop(cause: str, detail: object = "") -> None:
+    """Count something that telemetry lost; log the first of each cause."""
+    drops[cause] = drops.get(cause, 0) + 1
+    if drops[cause] == 1:
+        logger.warning("looplet telemetry: %s (%s); the run goes on, further ones are only counted", cause, detail)
+
+
+class Sink(Protocol):
+    """What writes the spans of runs."""
+
+    def attach(self, recorder: Recorder) -> None:
+        """Begin to write a run."""
+
+    def on_end(self, span: Any) -> None:
+        """Take an ended span; lock-free and re-entrant."""
+
+    def durable(self) -> None:
+        """Write what was taken so far."""
+
+    def detach(self, recorder: Recorder) -> None:
+        """End writing a run."""
+
+
+class Event:
+    """A named moment of a span."""
+
+    __slots__ = ("attributes", "name", "timestamp")
+
+    def __init__(self, name: str, attributes: Mapping[str, Any], timestamp: int) -> None:
+        self.name = name
+        self.attributes = attributes
+        self.timestamp = timestamp
+
+
+class Scope:
+    """The instrumentation scope of looplet's spans."""
+
+    def __init__(self, version: str) -> None:
+        self.name = semconv.SCOPE
+        self.version = version
+        self.schema_url = semconv.SCHEMA_URL
+        self.attributes: Mapping[str, Any] = {}
+
+
+class Resource:
+    """What the spans are about, where no provider says: the service."""
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        self.attributes = attributes
+        self.schema_url = ""
+
+
+class Recorder:
+    """Starts the spans of one run and hands the ended ones to the run's sinks."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        boundary: Boundary,
+        sinks: Sequence[Sink],
+        tracer: trace.Tracer | None,
+        context: Context,
+        resource: Any,
+        scope: Scope,
+        capture_content: bool = False,
+        late: Boundary | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self.boundary = boundary
+        self.late = late
+        """redacts what is recorded only: the provider's copy stays as it is (`redact_upstream=False`)"""
+        self.sinks = tuple(sinks)
+        self.resource = resource
+        self.scope = scope
+        self.open: dict[int, RecordedSpan] = {}
+        self.common: dict[str, Any] = {semconv.RUN_ID: run_id}
+        """attributes that every span of the run carries"""
+        self._tracer = tracer
+        self._capture = capture_content
+        self._base = set_value(RUN_KEY, self, context)
+        self._clock = time_ns() - perf_counter_ns()
+
+    @property
+    def recording(self) -> bool:
+        """Tell whether anybody gets the spans."""
+        return bool(self.sinks) or self._tracer is not None
+
+    def now(self) -> int:
+        """Return nanoseconds since the epoch; never goes backwards within a run."""
+        return self._clock + perf_counter_ns()
+
+    def start(
+        self,
+        name: str,
+        parent: RecordedSpan | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, Any] | None = None,
+        links: Sequence[trace.Link] = (),
+    ) -> RecordedSpan:
+        """Start a span under `parent`, or under the context that the run was called in."""
+        context = self._base if parent is None else parent.as_context()
+        above = trace.get_current_span(context).get_span_context() if parent is None else parent.context
+        if attributes and self.late is not None:
+            attributes = redact_late(self.late, attributes)
+        merged = {**self.common, **attributes} if attributes else dict(self.common)
+        started = self.now()
+        inner = self._start_inner(name, context, kind, merged, links, started) if self._tracer is not None else None
+        own = inner.get_span_context() if inner is not None else None
+        if own is None or not own.is_valid or own.span_id == above.span_id:
+            inner, own = None, _new_context(above)
+        span = RecordedSpan(name, own, above if above.is_valid else None, kind, merged, started, inner, self)
+        if links:
+            span.links = list(links)
+        self.open[own.span_id] = span
+        return span
+
+    def ended(self, span: RecordedSpan) -> None:
+        """Hand an ended span to the sinks."""
+        for sink in self.sinks:
+            sink.on_end(span)
+
+    def foreign(self, span: Any) -> None:
+        """Take an ended span of somebody else's that happened inside the run."""
+        for sink in self.sinks:
+            sink.on_end(span)
+
+    def durable(self) -> None:
+        """Have every sink write what has ended so far."""
+        for sink in self.sinks:
+            try:
+                sink.durable()
+            except Exception as error:  # noqa: BLE001 - a sink must not end a run
+                count_drop("sink failed", repr(error))
+
+    def shows(self, key: str) -> bool:
+        """Tell whether the user's tracer may see this attribute."""
+        return self._capture or key not in semconv.CONTENT
+
+    def context_of(self, span: RecordedSpan) -> Context:
+        """Return the OpenTelemetry context in which `span` is the current one."""
+        return set_span_in_context(span, self._base)
+
+    def _start_inner(
+        self,
+        name: str,
+        context: Context,
+        kind: SpanKind,
+        attributes: Mapping[str, Any],
+        links: Sequence[trace.Link],
+        started: int,
+    ) -> Span | None:
+        assert self._tracer is not None
+        shown = {key: value for key, value in attributes.items() if self.shows(key)}
+        try:
+            return self._tracer.start_span(name, context, kind, shown, links or None, started)
+        except Exception as error:  # noqa: BLE001 - the user's tracer, sampler and processors
+            count_drop("the tracer provider failed", repr(error))
+            return None
+
+
+def _new_context(parent: SpanContext) -> SpanContext:
+    trace_id = parent.trace_id if parent.is_valid else _random.getrandbits(128) or 1
+    flags = parent.trace_flags if parent.is_valid else TraceFlags(0)
+    state = parent.trace_state if parent.is_valid else None
+    return SpanContext(trace_id, _random.getrandbits(64) or 1, False, flags, state)
+
+
+class RecordedSpan(Span):
+    """One span of a run.  The public methods are for user code and clean what they get; `put` and `happened` are ours.
+
+    Has what the SDK's `ReadableSpan` has, so that SDK exporters accept it.
+    """
+
+    __slots__ = (
+        "_as_context", "_inner", "_lost", "_recorder", "attributes", "context", "end_time", "events", "kind", "links",
+        "name", "parent", "start_time", "status",
+    )  # fmt: skip
+
+    dropped_attributes = 0
+    dropped_events = 0
+    dropped_links = 0
+
+    def __init__(
+        self,
+        name: str,
+        context: SpanContext,
+        parent: SpanContext | None,
+        kind: SpanKind,
+        attributes: dict[str, Any],
+        start_time: int,
+        inner: Span | None,
+        recorder: Recorder,
+    ) -> None:
+        self.name = name
+        self.context = context
+        self.parent = parent
+        self.kind = kind
+        self.attributes = attributes
+        self.start_time = start_time
+        self.end_time = 0
+        self.events: list[Event] = []
+        self.links: list[Any] = []
+        self.status = UNSET
+        self._inner = inner
+        self._recorder = recorder
+        self._as_context: Context | None = None
+
+    # --- for the run ------------------------------------------------------------------------------------------------
+
+    @property
+    def resource(self) -> Any:
+        """Return what the span is about."""
+        return self._recorder.resource
+
+    @property
+    def instrumentation_scope(self) -> Scope:
+        """Return who made the span."""
+        return self._recorder.scope
+
+    def as_context(self) -> Context:
+        """Return the OpenTelemetry context in which this span is the current one."""
+        if self._as_context is None:
+            self._as_context = self._recorder.context_of(self)
+        return self._as_context
+
+    def put(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes that have passed the boundary already."""
+        if self.end_time:
+            return
+        if self._recorder.late is not None:
+            attributes = redact_late(self._recorder.late, attributes)
+        self.attributes.update(attributes)
+        if self._inner is not None:
+            self._tell("set_attributes", {k: v for k, v in attributes.items() if self._recorder.shows(k)})
+
+    def happened(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Add an event whose attributes have passed the boundary already."""
+        if self.end_time:
+            return
+        if self._recorder.late is not None:
+            attributes = redact_late(self._recorder.late, attributes)
+        at = self._recorder.now()
+        self.events.append(Event(name, attributes, at))
+        if self._inner is not None:
+            self._tell("add_event", name, {k: v for k, v in attributes.items() if self._recorder.shows(k)}, at)
+
+    def failed(self, error_type: str, message: str = "") -> None:
+        """Set the error status; `error_type` is low-cardinality, `message` is content."""
+        if self.end_time:
+            return
+        self.put({semconv.ERROR_TYPE: error_type})
+        if self._recorder.late is not None:
+            message = self._recorder.late.text(message)
+        self.status = Status(StatusCode.ERROR, message or None)
+        if self._inner is not None:
+            shown = message if self._recorder.shows(semconv.EXCEPTION_MESSAGE) else ""
+            self._tell("set_status", Status(StatusCode.ERROR, shown or None))
+
+    def _tell(self, method: str, *args: Any) -> None:
+        try:
+            getattr(self._inner, method)(*args)
+        except Exception as error:  # noqa: BLE001 - the user's span and processors
+            count_drop("the tracer provider failed", repr(error))
+
+    # --- opentelemetry.trace.Span: for user code --------------------------------------------------------------------
+
+    def get_span_context(self) -> SpanContext:
+        """Return the ids of the span."""
+        return self.context
+
+    def is_recording(self) -> bool:
+        """Tell whether the span is still open."""
+        return not self.end_time
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Set one attribute."""
+        self.set_attributes({key: value})
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Set some attributes; their values pass the run's boundary."""
+        self.put(self._recorder.boundary.clean(attributes))
+
+    def add_event(self, name: str, attributes: Mapping[str, Any] | None = None, timestamp: int | None = None) -> None:
+        """Add an event; its values pass the run's boundary."""
+        clean = self._recorder.boundary
+        self.happened(clean.text(str(name)), clean.clean(attributes or {}))
+        if timestamp is not None and self.events:
+            self.events[-1].timestamp = timestamp
+
+    def add_link(self, context: SpanContext, attributes: Mapping[str, Any] | None = None) -> None:
+        """Link another span."""
+        if self.end_time:
+            return
+        self.links.append(trace.Link(context, self._recorder.boundary.clean(attributes or {})))
+        if self._inner is not None:
+            self._tell("add_link", context, attributes)
+
+    def update_name(self, name: str) -> None:
+        """Do nothing: the names of looplet's spans are fixed."""
+
+    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
+        """Set an error status; looplet decides what success is."""
+        code = status.status_code if isinstance(status, Status) else status
+        words = status.description if isinstance(status, Status) else description
+        if code is StatusCode.ERROR:
+            self.failed(semconv.OTHER_ERROR, self._recorder.boundary.text(words or ""))
+
+    def record_exception(
+        self,
+        exception: BaseException,
+        attributes: Mapping[str, Any] | None = None,
+        timestamp: int | None = None,
+        escaped: bool = False,
+    ) -> None:
+        """Add an exception event, without the stack trace."""
+        self.add_event(semconv.EVENT_EXCEPTION, {**describe(exception), **(attributes or {})}, timestamp)
+
+    def end(self, end_time: int | None = None) -> None:
+        """End the span; the first time counts."""
+        if self._recorder.open.pop(self.context.span_id, None) is None:  # atomic: two threads may end a stuck call
+            return
+        self.end_time = max(end_time or self._recorder.now(), self.start_time)
+        if self._inner is not None:
+            self._tell("end", self.end_time)
+        self._recorder.ended(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.end()
+
+
+def redact_late(boundary: Boundary, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes whose content is redacted; JSON strings are redacted value by value, so they stay JSON."""
+    return {
+        key: (_redact_json(boundary, value) if isinstance(value, str) else boundary.clean(value))
+        if key in semconv.CONTENT and key != semconv.INPUT_MESSAGES  # the message log has seen to those
+        else value
+        for key, value in attributes.items()
+    }
+
+
+def _redact_json(boundary: Boundary, text: str) -> str:
+    import msgspec
+
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return boundary.text(text)
+    return (
+        msgspec.json.encode(boundary.clean(value)).decode() if isinstance(value, (dict, list)) else boundary.text(text)
+    )
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return the attributes of an exception event."""
+    return {semconv.EXCEPTION_TYPE: error_name(error), semconv.EXCEPTION_MESSAGE: str(error)}
+
+
+def error_name(error: BaseException) -> str:
+    """Return the low-cardinality name of an exception: its class, qualified unless it is a builtin."""
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def new_id() -> str:
+    """Return 32 random hex digits."""
+    return f"{_random.getrandbits(128):032x}"

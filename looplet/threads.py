@@ -1,0 +1,118 @@
+"""looplet's own daemon threads: never joined at exit, never shared with an event loop's default executor.
+
+A stuck tool keeps its thread for ever; nobody waits for it, nobody reuses it, and the others are not starved.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final
+
+from looplet.plan import CallTimeout
+
+MAX_IDLE: Final = 32
+"""threads kept for later calls; the ones beyond end with their call"""
+
+_idle: list[Worker] = []
+
+
+class Job:
+    """A thunk that some thread runs; `result` waits for it."""
+
+    __slots__ = ("_callback", "_done", "_lock", "_thunk", "error", "value")
+
+    def __init__(self, thunk: Callable[[], Any]) -> None:
+        self._thunk: Callable[[], Any] | None = thunk
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._callback: Callable[[], object] | None = None
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run the thunk, keep what came of it, tell whoever waits."""
+        assert self._thunk is not None
+        try:
+            self.value = self._thunk()
+        except BaseException as error:  # noqa: BLE001 - handed to the one who waits
+            self.error = error
+        self._thunk = None
+        self.finish()
+
+    def finish(self) -> None:
+        """Mark the job as done and notify."""
+        with self._lock:
+            self._done.set()
+            callback = self._callback
+        if callback is not None:
+            callback()
+
+    def notify(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, in whatever thread ends the job; at once if it has ended."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callback = callback
+                return
+        callback()
+
+    def wait_done(self, timeout_s: float | None = None) -> None:
+        """Wait until the job has ended; raises `CallTimeout` after `timeout_s` seconds."""
+        if not self._done.wait(timeout_s):
+            raise CallTimeout
+
+    def outcome(self) -> Any:
+        """Return the value or raise the error of a job that is done."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Worker:
+    """One daemon thread and its queue."""
+
+    __slots__ = ("_abandoned", "_jobs")
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._abandoned = False
+        threading.Thread(target=self._work, name="looplet-worker", daemon=True).start()
+
+    def submit(self, job: Job) -> None:
+        """Run `job` after those submitted before."""
+        self._jobs.put(job)
+
+    def abandon(self) -> None:
+        """Let the thread end with the job it runs; nobody waits for it."""
+        self._abandoned = True
+        self._jobs.put(None)
+
+    def release(self) -> None:
+        """Give an idle worker back for later calls."""
+        if self._abandoned:
+            return
+        if len(_idle) < MAX_IDLE:
+            _idle.append(self)
+        else:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job  # an idle thread keeps nothing alive
+            if self._abandoned:
+                return
+
+
+def acquire() -> Worker:
+    """Return an idle worker, or a new one."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Worker()
+
+
+# A forked child inherits the list but not the threads.
+os.register_at_fork(after_in_child=_idle.clear)

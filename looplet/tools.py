@@ -1,0 +1,383 @@
+"""Tools: `@tool`, `ToolSpec`, `BaseToolRegistry`, and the `done` tool.
+
+A tool is a function.  Its parameters' JSON Schema comes from its type hints (`looplet.schema`); a parameter named `ctx`
+receives a `ToolContext`.  A tool that raises is an observation for the model, never an exception for the caller.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, overload
+
+from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
+from looplet.schema import Parameters, declared_parameters, function_parameters
+from looplet.types import ToolCall, ToolResult, summarize_args
+
+
+class CancelToken:
+    """Asks a run, and its tools through `ctx.cancel_token`, to stop."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Ask; nothing is interrupted by force."""
+        self.is_cancelled = True
+
+    def raise_if_cancelled(self) -> None:
+        """Raise ToolError (kind `cancelled`) once `cancel` was called."""
+        if self.is_cancelled:
+            raise ToolError("the run was cancelled", kind=ErrorKind.CANCELLED)
+
+
+@dataclass(slots=True)
+class ToolContext:
+    """What a tool gets beside its arguments; fresh for each call."""
+
+    cwd: str | None = None
+    workspace_root: str | None = None
+    cancel_token: CancelToken | None = None
+    on_progress: Callable[[str, Any], Any] | None = None
+    session_id: str | None = None
+    """the run's id"""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    llm: Any = None
+    """the run's backend"""
+    request_approval: Callable[[str, list[str]], str | None] | None = None
+    warnings: list[str] = field(default_factory=list)
+    resources: dict[str, Any] = field(default_factory=dict)
+
+    def report_progress(self, stage: str, data: Any = None) -> None:
+        """Tell how far the call is."""
+        if self.on_progress is not None:
+            self.on_progress(stage, data)
+
+    def warn(self, message: str) -> None:
+        """Add a warning to the call's result."""
+        self.warnings.append(message)
+
+    def approve(self, prompt: str, options: Sequence[str] = ("approve", "deny")) -> str | None:
+        """Ask a human; returns one of the options, None when nobody can be asked."""
+        return self.request_approval(prompt, list(options)) if self.request_approval else None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A function as a tool.
+
+    `parameters` is a JSON Schema of an object, or `{name: "description"}` with every parameter required unless its
+    description begins with "(optional)"; without it the function's signature says.  Raises ConfigError for a name that
+    providers refuse.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any] | None = None
+    execute: Callable[..., Any] = lambda: None
+    concurrent_safe: bool = False
+    """may run at the same time as its neighbours"""
+    free: bool = False
+    """costs no step of the budget"""
+    timeout_s: float | None = None
+    """seconds after which a call is abandoned"""
+    requires: Sequence[str] = ()
+    """names of registry resources that `ctx.resources` must hold"""
+    tags: Sequence[str] = ()
+    render: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """other names for arguments: `{"summary": "answer"}`"""
+    _signature: Parameters = field(init=False, repr=False, compare=False)
+    _accepts_ctx: bool = field(init=False, repr=False, compare=False)
+    is_async: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 64 or not all(c.isalnum() or c in "_-" for c in self.name):
+            raise ConfigError(f"tool name {self.name!r}: use 1 to 64 letters, digits, '_' or '-'")
+        inferred = function_parameters(self.execute)
+        put = partial(object.__setattr__, self)
+        put("_signature", inferred if self.parameters is None else declared_parameters(dict(self.parameters)))
+        put("_accepts_ctx", inferred.accepts_ctx)
+        put("is_async", _is_async(self.execute))
+
+    @property
+    def json_schema(self) -> dict[str, Any]:
+        """Return the JSON Schema of the arguments."""
+        return self._signature.json_schema
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of all parameters."""
+        return list(self._signature.names)
+
+    def required_parameters(self) -> list[str]:
+        """Return the names of the parameters without a default."""
+        return list(self._signature.required)
+
+    def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return keyword arguments for `execute`; raises ToolError (validation) in words for the model."""
+        return self._signature.validate(self.name, self.rename(args))
+
+    def rename(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments under their own names."""
+        if not any(alias in args for alias in self.aliases):
+            return dict(args)
+        taken = set(args)
+        return {
+            (self.aliases[k] if k in self.aliases and self.aliases[k] not in taken else k): v for k, v in args.items()
+        }
+
+    def bind(self, kwargs: dict[str, Any], ctx: ToolContext) -> Callable[[], Any]:
+        """Return the call, ready to run."""
+        return partial(self.execute, **kwargs, ctx=ctx) if self._accepts_ctx else partial(self.execute, **kwargs)
+
+    def spec_text(self) -> str:
+        """Return two lines for prompts: the signature and the description."""
+        properties = self.json_schema.get("properties", {})
+        required = self._signature.required
+        names = [f"{n}{'' if n in required else '?'}: {_kind(properties.get(n, {}))}" for n in self._signature.names]
+        return f"  {self.name}({', '.join(names)})\n    {self.description}"
+
+    def to_json_schema(self) -> dict[str, Any]:
+        """Return the tool definition in the GenAI conventions' schema, which is OpenAI's inner form."""
+        return {"name": self.name, "description": self.description, "parameters": self.json_schema}
+
+    def to_api_schema(self) -> dict[str, Any]:
+        """Return the tool definition in Anthropic's form."""
+        return {"name": self.name, "description": self.description, "input_schema": self.json_schema}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.execute(*args, **kwargs)
+
+
+@overload
+def tool(fn: Callable[..., Any], /) -> ToolSpec: ...
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    concurrent_safe: bool = False,
+    free: bool = False,
+    timeout_s: float | None = None,
+) -> Callable[[Callable[..., Any]], ToolSpec]: ...
+def tool(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+    """Make a function a tool; the description is the docstring's first paragraph unless given."""
+    if fn is None:
+        return partial(_spec_of, **settings)
+    return _spec_of(fn, **settings)
+
+
+def _spec_of(
+    fn: Callable[..., Any], *, name: str | None = None, description: str | None = None, **rest: Any
+) -> ToolSpec:
+    words = description or _first_paragraph(fn)
+    return ToolSpec(name or getattr(fn, "__name__", type(fn).__name__), words, execute=fn, **rest)
+
+
+class BaseToolRegistry:
+    """The tools of an agent, by name."""
+
+    def __init__(self) -> None:
+        self._tools: dict[str, ToolSpec] = {}
+        self.resources: dict[str, Any] = {}
+
+    def register(self, spec: ToolSpec | Callable[..., Any]) -> ToolSpec:
+        """Add a tool; raises ConfigError when the name is taken."""
+        found = spec if isinstance(spec, ToolSpec) else tool(spec)
+        if found.name in self._tools:
+            raise ConfigError(f"two tools are called {found.name!r}; give one of them another name: @tool(name=...)")
+        self._tools[found.name] = found
+        return found
+
+    def tool(self, fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
+        """Register a function: `@tools.tool` or `@tools.tool(description=...)`."""
+        if fn is None:
+            return lambda function: self.register(_spec_of(function, **settings))
+        return self.register(_spec_of(fn, **settings))
+
+    def set_resources(self, resources: Mapping[str, Any]) -> None:
+        """Give tools that `requires` them these objects as `ctx.resources`."""
+        self.resources.update(resources)
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Return the names in the order of registration."""
+        return list(self._tools)
+
+    def tool_catalog_text(self) -> str:
+        """Return all tools for a prompt."""
+        return "\n".join(spec.spec_text() for spec in self._tools.values())
+
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """Return the tool definitions: name, description, parameters."""
+        return [spec.to_json_schema() for spec in self._tools.values()]
+
+    def get(self, name: str) -> ToolSpec | None:
+        """Return a tool, None when there is none of that name."""
+        return self._tools.get(name)
+
+    def find(self, name: str) -> ToolSpec:
+        """Return a tool; raises ToolError (validation) in words for the model."""
+        spec = self._tools.get(name)
+        if spec is None:
+            known = ", ".join(self._tools)
+            hint = did_you_mean(name, self._tools)
+            raise ToolError(
+                f"unknown tool {name!r}{hint or ';'} available: {known}"
+                if hint
+                else f"unknown tool {name!r}; available: {known}",
+                kind=ErrorKind.VALIDATION,
+                retriable=True,
+                recovery_hint=known,
+            )
+        return spec
+
+    def needed(self, spec: ToolSpec) -> dict[str, Any]:
+        """Return the resources a tool requires; raises ToolError when one is missing."""
+        if missing := [name for name in spec.requires if name not in self.resources]:
+            raise ToolError(f"tool {spec.name!r} needs resource {missing[0]!r}: registry.set_resources({{...}})")
+        return {name: self.resources[name] for name in spec.requires}
+
+    def dispatch(self, call: ToolCall, *, ctx: ToolContext | None = None) -> ToolResult:
+        """Run one call outside of a loop; a failure is a result with `error`."""
+        from time import perf_counter
+
+        began = perf_counter()
+        context = ctx or ToolContext()
+        try:
+            spec = self.find(call.tool)
+            context.resources = {**context.resources, **self.needed(spec)}
+            data = _finished(spec.bind(spec.arguments(call.args), context)())
+        except Exception as error:  # noqa: BLE001 - whatever a tool raises is its result
+            return failure(call, to_tool_error(error), duration_ms=(perf_counter() - began) * 1000)
+        return success(call, data, duration_ms=(perf_counter() - began) * 1000, warnings=context.warnings)
+
+    def __len__(self) -> int:
+        return len(self._tools)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tools
+
+
+def tools_from(
+    specs: Iterable[ToolSpec | Callable[..., Any]],
+    *,
+    include_think: bool = False,
+    include_done: bool = False,
+    done_name: str = "done",
+    done_parameters: Mapping[str, Any] | None = None,
+) -> BaseToolRegistry:
+    """Build a registry out of functions and `ToolSpec`s."""
+    registry = BaseToolRegistry()
+    for spec in specs:
+        registry.register(spec)
+    if include_think:
+        register_think_tool(registry)
+    if include_done:
+        register_done_tool(registry, name=done_name, parameters=done_parameters)
+    return registry
+
+
+def register_done_tool(
+    registry: BaseToolRegistry, *, name: str = "done", parameters: Mapping[str, Any] | None = None
+) -> None:
+    """Add the tool by which the model says that it has finished.
+
+    Without `parameters` it takes `answer`, and accepts `summary` as another name for it.
+    """
+
+    def done(answer: str) -> dict[str, Any]:
+        return {"status": "completed", "answer": answer}
+
+    def done_with(**fields: Any) -> dict[str, Any]:
+        return {"status": "completed", **fields}
+
+    spec = ToolSpec(
+        name,
+        "Finish: call this once, when the task is done.",
+        parameters,
+        done if parameters is None else done_with,
+        free=False,
+        aliases={"summary": "answer"} if parameters is None or "answer" in str(parameters) else {},
+    )
+    registry.register(spec)
+
+
+def register_think_tool(registry: BaseToolRegistry) -> None:
+    """Add a tool that lets the model think aloud; it costs no step."""
+
+    def think(thought: str) -> dict[str, Any]:
+        """Think; nothing happens."""
+        return {"thought": thought}
+
+    registry.register(tool(free=True)(think))
+
+
+def success(call: ToolCall, data: Any, **rest: Any) -> ToolResult:
+    """Return the result of a call that returned `data`; a ToolResult is taken as it is."""
+    if isinstance(data, ToolResult):
+        return data
+    return ToolResult(call.tool, summarize_args(call.args), data, call_id=call.call_id, **rest)
+
+
+def failure(call: ToolCall, error: ToolError, **rest: Any) -> ToolResult:
+    """Return the result of a call that failed."""
+    rest.setdefault("args_summary", summarize_args(call.args))
+    return ToolResult(call.tool, error=error.message, error_detail=error, call_id=call.call_id, **rest)
+
+
+_RATE_LIMIT = ("ratelimit", "rate limit", "too many requests", "429")
+_CONTEXT = ("context length", "context_length", "maximum context")
+
+
+def to_tool_error(error: BaseException) -> ToolError:
+    """Return what an exception in a tool means for the model: its kind, and whether to try again."""
+    if isinstance(error, ToolError):
+        return error
+    words = f"{type(error).__name__}: {error}"
+    kind, retriable = _classify(error, words.lower())
+    return ToolError(words, kind=kind, retriable=retriable)
+
+
+def _classify(error: BaseException, words: str) -> tuple[ErrorKind, bool]:
+    by_class: list[tuple[type[BaseException], ErrorKind, bool]] = [
+        (TimeoutError, ErrorKind.TIMEOUT, True),
+        (PermissionError, ErrorKind.PERMISSION_DENIED, False),
+        (ConnectionError, ErrorKind.NETWORK, True),
+    ]
+    for kind, name, retriable in by_class:
+        if isinstance(error, kind):
+            return name, retriable
+    if any(mark in words for mark in _RATE_LIMIT):
+        return ErrorKind.RATE_LIMIT, True
+    if any(mark in words for mark in _CONTEXT):
+        return ErrorKind.CONTEXT_OVERFLOW, False
+    if "parseerror" in words or "decodeerror" in words:
+        return ErrorKind.PARSE, False
+    if isinstance(error, (ValueError, TypeError, KeyError)):
+        return ErrorKind.VALIDATION, False
+    return ErrorKind.EXECUTION, False
+
+
+def _finished(value: Any) -> Any:
+    if inspect.iscoroutine(value):
+        import asyncio
+
+        return asyncio.run(value)
+    return value
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _first_paragraph(fn: Callable[..., Any]) -> str:
+    words = inspect.getdoc(fn) or ""
+    return " ".join(words.split("\n\n")[0].split())
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    kind = schema.get("type") or ("enum" if "enum" in schema else "any")
+    return "/".join(kind) if isinstance(kind, list) else str(kind)
