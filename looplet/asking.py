@@ -47,7 +47,7 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
             prompt = Prompt.of(messages)
             taken: list[Sequence[Message]] = []
             ask = partial(bound.function, run.state, run.session_log, prompt, _next_step(run))
-            yield from consult_raw(run, phase, bound, ask, lambda value, p=prompt, t=taken: _take(run, p, value, t))
+            yield from consult_raw(run, phase, bound, ask, partial(_take, run, prompt, taken))
             if taken:
                 messages, rewritten = taken[0], True
         added, run.briefing = run.briefing, []
@@ -117,11 +117,11 @@ def _briefing(texts: Sequence[str]) -> tuple[Message, ...]:
     return (Message.of_text("user", "\n\n".join(texts)),) if texts else ()
 
 
-def _take(run: RunScope, prompt: Prompt, value: Any, taken: list[Sequence[Message]]) -> bool:
+def _take(run: RunScope, prompt: Prompt, taken: list[Sequence[Message]], value: Any) -> bool:
     if isinstance(value, Prompt):
         messages: Sequence[Message] | None = value.messages
     else:
-        messages = prompt.split(value) if isinstance(value, str) else None
+        messages = prompt.split_back(value) if isinstance(value, str) else None
     if messages is None:
         return False
     pairs = zip(prompt.messages, messages, strict=True)

@@ -1,10 +1,10 @@
-"""The one place where a value becomes recordable and redacted: exactly once, when it enters a run.
+r"""The one place where a value becomes recordable and redacted: exactly once, when it enters a run.
 
 What comes out is JSON-like (str, int, float, bool, None, list, dict with string keys), safe for every encoder, and it
 is what conversation, steps, spans, evals and the provider see.  Values that JSON has no word for get a stable form:
 
     int beyond 64 bits      its decimal digits            NaN, Infinity     "NaN", "Infinity", "-Infinity"
-    bytes                   "base64:..."                  lone surrogates   "\\ud800", spelled out
+    bytes                   "base64:..."                  lone surrogates   "\ud800", spelled out
     set                     a sorted list                 dataclass & co.   a dict of its fields
     a cycle                 "<cycle>"                     too deep (> 100)  "<too deep>"
     anything else           str() when its class defines one, else "<ClassName>"
@@ -180,7 +180,7 @@ def _words(value: Any) -> str:
         return value.__qualname__
     if isinstance(value, BaseException):
         return f"{kind.__name__}: {value}"
-    if kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__:
+    if any("__str__" in c.__dict__ or "__repr__" in c.__dict__ for c in kind.__mro__[:-1]):
         text = str(value)
         if " at 0x" not in text:  # an address is different in every process
             return text

@@ -57,8 +57,7 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
             _keep_finished(run, turn, pending)
             raise
         entities += new
-        for step in steps:
-            yield step
+        yield from steps
     _answer_dropped(run, turn, calls)
     return entities
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from contextvars import Context as ContextVars
 from contextvars import copy_context
 from functools import partial
@@ -203,11 +204,13 @@ async def _job_done(job: threads.Job, timeout_s: float | None) -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
     def done() -> None:
-        try:
-            loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
-        except RuntimeError:  # the loop has been closed: nobody waits any more
-            pass
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(wake)
 
     job.notify(done)
     finished, _ = await asyncio.wait({future}, timeout=timeout_s)
@@ -303,7 +306,7 @@ class PrivateLoop:
         try:
             job.wait_done(timeout_s)
         except BaseException:
-            self._loop.call_soon_threadsafe(lambda: [_abandon(task) for task in tasks])
+            self._loop.call_soon_threadsafe(lambda: list(map(_abandon, tasks)))
             raise
         return job.outcome()
 

@@ -181,7 +181,7 @@ def _coerce(value: Any, names: list[str], is_lax: bool) -> Any:
     targets = [_PYTHON_TYPES[name] for name in names if name in _PYTHON_TYPES]
     if not is_lax or not targets:
         raise ValueError
-    return msgspec.convert(value, typing.Union[tuple(targets)], strict=False)
+    return msgspec.convert(value, typing.Union[tuple(targets)], strict=False)  # noqa: UP007 - made at run time
 
 
 def _json_type(value: Any) -> str:

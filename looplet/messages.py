@@ -29,8 +29,9 @@ MAX_RANGES: Final = 8
 class Message:
     """One message: `role` is system, user, assistant or tool; `parts` are typed as the GenAI conventions have them.
 
-    `{"type": "text", "content"}`, `{"type": "reasoning", "content"}`, `{"type": "tool_call", "id", "name", "arguments"}`,
-    `{"type": "tool_call_response", "id", "response"}`.  Treat the parts as immutable.
+    `{"type": "text", "content"}`, `{"type": "reasoning", "content"}`,
+    `{"type": "tool_call", "id", "name", "arguments"}`, `{"type": "tool_call_response", "id", "response"}`.
+    Treat the parts as immutable.
     """
 
     role: str
@@ -288,14 +289,13 @@ def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def resolve(refs: str, previous: Callable[[int], Sequence[int]]) -> list[int]:
-    """Return the message numbers that `refs` names; `previous(n)` gives those of request n.  Raises ValueError."""
+def resolve(refs: str, base_numbers: Sequence[int] = ()) -> list[int]:
+    """Return the message numbers that `refs` names, given those of the request it builds on.  Raises ValueError."""
     base, _, rest = refs.rpartition("^")
     numbers: list[int] = []
     if base:
-        request, _, tail = refs.partition("^")
-        count, _, rest = tail.partition(",")
-        numbers += previous(int(request))[: int(count)]
+        count, _, rest = rest.partition(",")
+        numbers += base_numbers[: int(count)]
     for item in filter(None, rest.split(",")):
         low, _, high = item.partition("-")
         numbers += range(int(low), int(high or low) + 1)
@@ -318,7 +318,8 @@ def digest(message: Message) -> bytes:
 
 def encode(value: Any) -> bytes:
     """Return compact JSON; equal values built in the same order give equal bytes."""
-    return _encoder()(value)
+    data: bytes = _encoder()(value)
+    return data
 
 
 @cache

@@ -41,7 +41,7 @@ _ATTEMPT_COST = 16
 _decode = msgspec.json.Decoder().decode
 
 
-class ParseFailure(LoopletError):  # noqa: N818 - a public name that says what happened
+class ParseFailure(LoopletError):
     """A reply without a readable tool call; the message is fit to be sent back to the model.
 
     `excerpt` is the start of the reply, on one line.
@@ -172,7 +172,7 @@ _THOUGHT = re.compile(r"\s*<(think|thinking)>.*?</\1>", re.DOTALL)
 _BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)
 
 
-class _Broken(Exception):  # noqa: N818 - it is a finding, only `ParseFailure` is an error
+class _Broken(Exception):
     """Why something is not a call: 0 nothing there, 1 not JSON, 2 JSON without a tool's name, 3 a call cut or garbled.
 
     `position` is an index into the text, -1 where the whole text is meant.

@@ -64,11 +64,11 @@ class Closing(BaseException):
         self.reason = reason
 
 
-class CallTimeout(Exception):  # noqa: N818 - it is thrown into plans, never raised to callers
+class CallTimeout(Exception):
     """A call took longer than its `timeout_s` and was abandoned: nobody waits for it any more."""
 
 
-class Skipped(Exception):  # noqa: N818 - it is thrown into plans, never raised to callers
+class Skipped(Exception):
     """An effect that cannot be performed here, such as an async hook while the interpreter exits."""
 
 

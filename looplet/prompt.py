@@ -45,7 +45,7 @@ class Prompt(str):
         ]
         return Prompt.of([old if old == new else new for old, new in zip(self.messages, rewritten, strict=True)])
 
-    def split(self, text: str) -> list[Message] | None:
+    def split_back(self, text: str) -> list[Message] | None:
         """Return the messages of a rewritten text, None when it is no rewriting but something to add.
 
         Raises ConfigError when the text begins and ends like this prompt but lost a header line in between.

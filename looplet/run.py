@@ -39,8 +39,8 @@ class _Run(Generic[ExecutorT]):
 
     def __init__(self, scope: RunScope, executor: ExecutorT) -> None:
         self._scope = scope
-        self._plan = agent_plan(scope)
-        self._executor = executor
+        self._plan: Any = agent_plan(scope)  # a generator object: `gi_frame` and `gi_running` are asked for
+        self._executor: ExecutorT = executor
         self._thread = threading.get_ident()
         self._pid = os.getpid()
         self._started = False
@@ -261,7 +261,7 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator[Step]):
                 value, resume = error, self._plan.throw
 
 
-class _PlanReturned(Exception):  # noqa: N818 - an internal signal
+class _PlanReturned(Exception):
     """The plan has returned its result."""
 
 
@@ -293,7 +293,7 @@ def composable_loop(
 
     Raises ConfigError here, not at the first step, for arguments that cannot work.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(  # noqa: C408 - reads as the call it becomes
         context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
         conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
     )  # fmt: skip
@@ -320,7 +320,7 @@ def async_composable_loop(
 
     Backends, tools and hooks may be `async def`; sync tools and backends run on looplet's own threads.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(  # noqa: C408 - reads as the call it becomes
         context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
         conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
     )  # fmt: skip

@@ -160,7 +160,7 @@ def _head(settings: LoopConfig, model: Model, tools: BaseToolRegistry, boundary:
 def _boundaries(settings: LoopConfig, sinks: Sequence[Any]) -> tuple[Boundary, Boundary | None]:
     """Return the boundary of the run, and one for what is recorded only (`redact_upstream=False`)."""
     early = [settings.redact] if settings.redact else []
-    late = []
+    late: list[Callable[[str], str]] = []
     for sink in sinks:
         redact = getattr(sink, "redact", None)
         if redact is not None and redact not in early:

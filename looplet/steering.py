@@ -44,7 +44,7 @@ def consult_raw(
         decision = _clean(run, interpret(value, bound.hook, bound.method))
     except Skipped:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - hooks are foreign code; _failed decides what it means
         decision = _failed(run, phase, bound, error, perf_counter() - began)
     else:
         if said := decision.said():

@@ -173,7 +173,8 @@ def _spec_of(
     fn: Callable[..., Any], *, name: str | None = None, description: str | None = None, **rest: Any
 ) -> ToolSpec:
     words = description or _first_paragraph(fn)
-    return ToolSpec(name or getattr(fn, "__name__", type(fn).__name__), words, execute=fn, **rest)
+    own_name: str = getattr(fn, "__name__", type(fn).__name__)
+    return ToolSpec(name or own_name, words, execute=fn, **rest)
 
 
 class BaseToolRegistry:

@@ -30,6 +30,9 @@ TRACE_FILE: Final = "trace.jsonl"
 MAX_UNWRITTEN: Final = 8 << 20
 """bytes kept for later when the disk refuses them; beyond, they are dropped and counted"""
 
+MAX_KNOWN_RUNS: Final = 1024
+"""of how many past runs an exporter's late spans are recognised"""
+
 _sinks: weakref.WeakSet[ProvenanceSink] = weakref.WeakSet()
 
 
@@ -59,7 +62,7 @@ class ProvenanceSink:
         self._lock = threading.RLock()
         self._writing = False
         self._runs: set[str] = set()
-        self._direct: set[str] = set()
+        self._direct: dict[str, None] = {}
         self._inherited = False
         _sinks.add(self)
 
@@ -96,7 +99,9 @@ class ProvenanceSink:
             if not self._runs:
                 self._open_file(recorder.run_id)
             self._runs.add(recorder.run_id)
-            self._direct.add(recorder.run_id)
+            self._direct[recorder.run_id] = None
+            while len(self._direct) > MAX_KNOWN_RUNS:
+                del self._direct[next(iter(self._direct))]
 
     def on_end(self, span: Any) -> None:
         """Take an ended span."""

@@ -67,12 +67,14 @@ class ForeignSpan:
         "instrumentation_scope", "kind", "links", "name", "parent", "resource", "start_time", "status",
     )  # fmt: skip
 
+    def __init__(self, span: Any) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(span, name, None))
 
-def copy_redacted(span: Any, boundary: Boundary) -> ForeignSpan:
+
+def copy_redacted(span: Any, boundary: Boundary) -> Any:
     """Return a copy of a span whose strings have passed `boundary`, without stack traces."""
-    copy = ForeignSpan()
-    for name in ForeignSpan.__slots__:
-        setattr(copy, name, getattr(span, name, None))
+    copy: Any = ForeignSpan(span)
     copy.name = boundary.text(span.name)
     copy.attributes = boundary.clean(dict(span.attributes or {}))
     copy.events = [_copy_event(event, boundary) for event in span.events or ()]

@@ -205,7 +205,7 @@ class RunView:
             chain.append(str(self._requests[int(chain[-1].partition("^")[0])].attributes[semconv.INPUT_REFS]))
         numbers: list[int] = []
         for refs in reversed(chain):
-            numbers = resolve(refs, lambda _, before=numbers: before)
+            numbers = resolve(refs, numbers)
         return numbers
 
     def _told(self) -> Iterator[tuple[int, _Told]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -68,8 +69,8 @@ class RunTrace:
         """a hook rewrites requests: what tools return is recorded only as it is sent"""
         self._base = base
         self._observers = list(observers)
-        self._broken: set[int] = set()
-        self._late: list[tuple[Callable[[PhaseEnd], Any], PhaseEnd]] = []
+        self._late: list[tuple[Any, Any]] = []
+        """observers that answered with something to await, and what they answered"""
 
     @property
     def trace_id(self) -> str | None:
@@ -117,21 +118,16 @@ class RunTrace:
                 self._complain(observer, error)
                 continue
             if inspect.isawaitable(result):
-                self._late.append((lambda _, value=result: value, end))
+                self._late.append((observer, result))
 
     def settle(self, phase: Phase) -> Effects[None]:
         """Await what async observers returned."""
         late, self._late = self._late, []
-        for observer, end in late:
+        for observer, answer in late:
             try:
-                yield from phase.call(lambda observer=observer, end=end: observer(end))
+                yield from phase.call(partial(_same, answer))
             except Exception as error:  # noqa: BLE001 - an observer only watches
                 self._complain(observer, error)
-
-    @property
-    def unsettled(self) -> bool:
-        """Tell whether async observers wait for `settle`."""
-        return bool(self._late)
 
     @property
     def observed(self) -> bool:
@@ -266,10 +262,11 @@ class Phase:
         )
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _mark_left(span: RecordedSpan, reason: str) -> None:
     span.put({semconv.STOP_REASON: reason})
     if reason not in NORMAL_ENDINGS:
         span.failed(reason)
-
-
-PHASE_FACTS: Final = frozenset(f.name for f in fields(PhaseEnd))

@@ -112,7 +112,7 @@ def to_reply(said: Scripted) -> Reply:
         return said
     if isinstance(said, str):
         return Reply(text=said, finish_reason="stop")
-    calls = [said] if isinstance(said, ToolCall) or _is_pair(said) else list(said)
+    calls: list[Any] = [said] if isinstance(said, ToolCall) or _is_pair(said) else list(said)
     made = tuple(call if isinstance(call, ToolCall) else ToolCall(call[0], dict(call[1])) for call in calls)
     return Reply(tool_calls=made, finish_reason="tool_call", usage=Usage(10, 5))
 

@@ -79,9 +79,9 @@ def parse_npm_lock(source: Source) -> None:
 
 
 def _add_npm_package(source: Source, path: str, fields: Any, line: int | None) -> None:
-    """Add an entry such as `node_modules/a/node_modules/@scope/b`; links and workspaces are the project's own."""
+    """Add `node_modules/a/node_modules/@scope/b` and its like; a link has no version, a workspace no such path."""
     _, found, name = path.rpartition("node_modules/")
-    if not found or not isinstance(fields, dict) or fields.get("link"):
+    if not found or not isinstance(fields, dict):
         return
     _add_npm(source, str(fields.get("name") or name), fields, line)
 
