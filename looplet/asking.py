@@ -14,7 +14,7 @@ from looplet.messages import LoggedRequest, Message
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
 from looplet.prompt import Prompt, render, reread_task
-from looplet.scope import RunScope
+from looplet.scope import RunScope, note_state
 from looplet.steering import consult, consult_raw
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import error_name
@@ -65,6 +65,7 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
     with turn.phase(semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run)) as phase:
         if phase.recording:
             phase.put(attributes.of_request(logged))
+        if run.asks_rewriters and not run.model_calls:
             _record_late_task(run, phase, messages)
         phase.note(model=model.name, provider=model.provider)
         run.model_calls += 1
@@ -169,13 +170,12 @@ def _identity(run: RunScope) -> dict[str, Any]:
 
 def _record_late_task(run: RunScope, phase: Phase, messages: Sequence[Message]) -> None:
     """Record the task with the first request when a hook may rewrite it: not before the hook has seen it."""
-    if run.model_calls or not run.asks_rewriters:
-        return
+    run.recorded_task = run.task
     if run.rewrites:
         sent = messages[len(run.head) + len(run.conversation) - 1].text
         if sent != run.conversation[-1].text:
-            run.task = reread_task(sent, run.task)
-    phase.put(attributes.of_task(run.task))
+            run.recorded_task = reread_task(sent, run.task)
+    phase.put(attributes.of_task(run.recorded_task))
 
 
 def _failed_call(run: RunScope, phase: Phase, error: Exception) -> None:
@@ -202,8 +202,8 @@ def _read(run: RunScope, phase: Phase, reply: Reply) -> Answer:
 
 
 def _count(run: RunScope, usage: Usage | None) -> None:
-    if usage is None:
-        run.unreported_calls += 1
-        return
-    run.turn_usage = run.turn_usage + usage
-    run.state.usage = getattr(run.state, "usage", Usage()) + usage
+    ledger = run.trace.recorder.ledger
+    ledger.count(usage)
+    if usage is not None:
+        run.turn_usage = run.turn_usage + usage
+        note_state(run.state, "usage", ledger.own)

@@ -27,17 +27,12 @@ logger = logging.getLogger("looplet")
 
 
 class Boundary:
-    """Cleans the values of one run.  `redact` maps a string to the string that may be seen."""
+    """Cleans the values of one run.  Each redactor maps a string to the string that may be seen."""
 
-    __slots__ = ("_redact",)
+    __slots__ = ("redactors",)
 
-    def __init__(self, redact: Redact | None = None) -> None:
-        self._redact = redact
-
-    @property
-    def redacts(self) -> bool:
-        """Tell whether strings are changed on their way in."""
-        return self._redact is not None
+    def __init__(self, *redactors: Redact | None) -> None:
+        self.redactors = tuple(redact for redact in redactors if redact is not None)
 
     def clean(self, value: Any) -> Any:
         """Return the recordable, redacted form of any value.  Never raises."""
@@ -50,17 +45,9 @@ class Boundary:
     def text(self, value: str) -> str:
         """Return the recordable, redacted form of a string.  A redactor that fails withholds the whole string."""
         value = encodable(value)
-        if self._redact is None:
-            return value
-        try:
-            redacted = self._redact(value)
-            if isinstance(redacted, str):
-                return encodable(redacted)
-            problem = f"it returned {type(redacted).__name__}, not str"
-        except Exception as error:  # noqa: BLE001 - the caller's redactor; a failure must neither leak nor end the run
-            problem = type(error).__name__
-        logger.error("looplet: the redactor failed (%s); the text was withheld", problem)
-        return WITHHELD
+        for redact in self.redactors:
+            value = _redacted(redact, value)
+        return value
 
     def _clean(self, value: Any, path: tuple[int, ...]) -> Any:
         kind = type(value)
@@ -86,7 +73,7 @@ class Boundary:
             form = value
         else:
             form = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        if self._redact is None:
+        if not self.redactors:
             return form
         text = str(form)
         redacted = self.text(text)
@@ -107,6 +94,18 @@ class Boundary:
                 name += "'"
             out[name] = self._clean(item, path)
         return out
+
+
+def _redacted(redact: Redact, value: str) -> str:
+    try:
+        redacted = redact(value)
+        if isinstance(redacted, str):
+            return encodable(redacted)
+        problem = f"it returned {type(redacted).__name__}, not str"
+    except Exception as error:  # noqa: BLE001 - the caller's redactor; a failure must neither leak nor end the run
+        problem = type(error).__name__
+    logger.error("looplet: the redactor failed (%s); the text was withheld", problem)
+    return WITHHELD
 
 
 def encodable(text: str) -> str:

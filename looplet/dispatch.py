@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from looplet.errors import ErrorKind, ToolError
 from looplet.messages import Message
 from looplet.plan import INLINE, PARALLEL, SERIAL, CallTimeout, Effects, Plan, gather
-from looplet.scope import RunScope
+from looplet.scope import RunScope, note_state
 from looplet.steering import clean_result, consult
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
@@ -195,7 +194,7 @@ def _deny(run: RunScope, item: Pending, reason: str | None, retry: bool) -> None
     words = f"Permission denied for tool {item.call.tool!r}" + (f": {reason}" if reason else "")
     item.result = failure(item.call, ToolError(words, kind=ErrorKind.PERMISSION_DENIED, retriable=retry))
     if retry:
-        _note(run.state, "last_error", None)
+        note_state(run.state, "last_error", None)
 
 
 def _reject(item: Pending, reason: str) -> None:
@@ -283,16 +282,11 @@ def _keep_finished(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> No
 def _count_step(run: RunScope, item: Pending) -> None:
     state = run.state
     if item.spec is not None and item.spec.free and item.ran:
-        _note(state, "free_steps", getattr(state, "free_steps", 0) + 1)
+        note_state(state, "free_steps", getattr(state, "free_steps", 0) + 1)
     elif item.ran and item.call.tool not in run.config.ending_tools:
-        _note(state, "queries_used", state.queries_used + 1)
+        note_state(state, "queries_used", state.queries_used + 1)
     if item.ran and item.recorded is not None:
-        _note(state, "last_error", item.recorded.error)
-
-
-def _note(state: Any, name: str, value: Any) -> None:
-    with suppress(AttributeError):  # a state class of the caller's own need not have our fields
-        setattr(state, name, value)
+        note_state(state, "last_error", item.recorded.error)
 
 
 def response_of(result: ToolResult) -> Any:

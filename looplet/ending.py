@@ -15,7 +15,6 @@ from looplet.state import SessionLog
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import error_name
 from looplet.telemetry.spans import NORMAL_ENDINGS, Phase
-from looplet.types import Usage
 
 FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_body", "interpreter_exit"})
 """stop reasons that make the run's span an error"""
@@ -88,18 +87,18 @@ def _identity(run: RunScope) -> dict[str, object]:
 
 
 def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
-    usage = getattr(run.state, "usage", None) or Usage()
+    ledger = run.trace.recorder.ledger
     root.put(
         {
             semconv.STOP_REASON: ending,
             semconv.STEP_COUNT: len(run.state.steps),
             semconv.TURN_COUNT: run.trace.turn_number,
-            **attributes.of_run_usage(usage, run.unreported_calls),
+            **attributes.of_ledger(ledger),
         }
     )
     if ending in FAILURES and not root.failed:
         root.fail(ending)
-    root.note(stop_reason=ending, usage=usage, steps=len(run.state.steps))
+    root.note(stop_reason=ending, usage=ledger.own, steps=len(run.state.steps))
 
 
 def _own_notes(run: RunScope) -> str | None:

@@ -40,6 +40,8 @@ def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
 
 def begin(run: RunScope, root: Phase) -> Effects[None]:
     """Write the manifest, so that a killed run keeps it, and ask the `pre_loop` hooks."""
+    if not run.asks_rewriters:
+        run.recorded_task = run.task
     with root.phase(semconv.START, attributes=manifest(run) if root.recording else None):
         pass
     run.trace.durable()

@@ -71,8 +71,8 @@ class _Run(Generic[ExecutorT]):
 
     @property
     def task(self) -> dict[str, Any]:
-        """Return the task as it was recorded."""
-        return self._scope.task
+        """Return the task as it was recorded; `{}` while a hook that may rewrite it has not seen it."""
+        return self._scope.recorded_task
 
     @property
     def session_log(self) -> Any:

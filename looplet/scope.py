@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,8 @@ class RunScope:
     session_log: SessionLog
     conversation: Conversation
     task: dict[str, Any]
+    parent: tuple[str, str] | None = None
+    """run id and tool-call id of the run whose tool started this one"""
     context: Any = None
     """the caller's own object for hooks; without one, `pre_prompt` gets the `Prompt`"""
     head: tuple[Message, ...] = ()
@@ -61,12 +64,13 @@ class RunScope:
     gate_failures: Counter[tuple[int, str]] = field(default_factory=Counter)
     call_ids: set[str] = field(default_factory=set)
     model_calls: int = 0
-    unreported_calls: int = 0
     parse_failures: int = 0
     """replies in a row that held no tool call"""
     logged_prefix: int = 0
     """how many leading messages the next request shares with the last one, if the conversation was only appended to"""
     logged_edits: int = 0
+    recorded_task: dict[str, Any] = field(default_factory=dict)
+    """the task as the trace tells it; `{}` while a hook that may rewrite it has not seen it"""
     rewrites: bool = False
     """a `pre_prompt` hook rewrites requests: what it has not seen yet must not reach the trace"""
     turn_usage: Usage = field(default_factory=Usage)
@@ -100,9 +104,15 @@ class RunScope:
             ending,
             final_output_of(self.state.steps, ending),
             self.state.steps,
-            getattr(self.state, "usage", None) or Usage(),
-            self.task,
+            self.trace.recorder.ledger.own,
+            self.recorded_task,
         )
+
+
+def note_state(state: Any, name: str, value: Any) -> None:
+    """Set a field of the run's state; a class of the caller's own need not have our fields."""
+    with suppress(AttributeError):
+        setattr(state, name, value)
 
 
 def final_output_of(steps: Sequence[Step], stop_reason: str | None) -> dict[str, Any]:

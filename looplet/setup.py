@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Final
@@ -17,12 +17,13 @@ from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError
 from looplet.hooks import SINK, HookSet
+from looplet.ledger import Ledger
 from looplet.messages import Conversation, Message, MessageLog
 from looplet.prompt import render_task, text_protocol
 from looplet.scope import RunScope
 from looplet.state import DefaultState, SessionLog
 from looplet.telemetry import semconv
-from looplet.telemetry.recorder import Recorder, Resource, Scope, new_id
+from looplet.telemetry.recorder import RUN_KEY, Recorder, Resource, Scope, new_id
 from looplet.telemetry.router import route
 from looplet.telemetry.spans import RunTrace
 from looplet.tools import BaseToolRegistry
@@ -52,12 +53,13 @@ def make_scope(
     _check(task, tools, hooks, config, stream)
     settings = _settings(config, max_steps, system_prompt, state)
     hook_list = list(hooks or ())
-    sinks = find_sinks(llm, hook_list)
-    boundary, late = _boundaries(settings, sinks)
+    above = _recorder_above()
+    sinks = find_sinks(llm, hook_list, above)
+    boundary, late = _boundaries(settings, sinks, above)
     state = _state(state, settings)
     model = Model(llm, settings, sync=sync)
     hook_set = HookSet(hook_list)
-    trace_ = _trace(settings, boundary, late, sinks, hook_set, tracer_provider)
+    run_trace = _trace(settings, boundary, late, sinks, hook_set, tracer_provider, above)
     clean_task = boundary.clean(dict(task or {}))
     talk = conversation if conversation is not None else Conversation()
     talk.append(Message.of_text("user", render_task(clean_task)))
@@ -68,20 +70,34 @@ def make_scope(
         hook_set,
         settings,
         boundary,
-        trace_,
+        run_trace,
         state,
         session_log if session_log is not None else SessionLog(),
         talk,
         clean_task,
+        _parent(above),
         context,
         head=_head(settings, model, tools, boundary),
         log=MessageLog(late.clean if late is not None else None),
     )
 
 
-def find_sinks(llm: Any, hooks: Sequence[Any]) -> list[Any]:
-    """Return the sinks among the hooks and around the backend, each once."""
-    found: dict[int, Any] = {}
+def _recorder_above() -> Recorder | None:
+    """Return the recorder of the run inside which we are called: then this run is a sub-agent of that one."""
+    recorder = otel_context.get_value(RUN_KEY)
+    return recorder if isinstance(recorder, Recorder) else None
+
+
+def _parent(above: Recorder | None) -> tuple[str, str] | None:
+    if above is None:
+        return None
+    attributes = getattr(trace.get_current_span(), "attributes", None) or {}
+    return above.run_id, str(attributes.get(semconv.TOOL_CALL_ID, ""))
+
+
+def find_sinks(llm: Any, hooks: Sequence[Any], above: Recorder | None = None) -> list[Any]:
+    """Return the sinks of the run above, those among the hooks and those around the backend, each once."""
+    found: dict[int, Any] = {id(sink): sink for sink in above.sinks} if above is not None else {}
     for thing in hooks:
         if (sink := getattr(thing, SINK, None)) is not None:
             found[id(sink)] = sink
@@ -157,27 +173,13 @@ def _head(settings: LoopConfig, model: Model, tools: BaseToolRegistry, boundary:
     return tuple(head)
 
 
-def _boundaries(settings: LoopConfig, sinks: Sequence[Any]) -> tuple[Boundary, Boundary | None]:
+def _boundaries(settings: LoopConfig, sinks: Sequence[Any], above: Recorder | None) -> tuple[Boundary, Boundary | None]:
     """Return the boundary of the run, and one for what is recorded only (`redact_upstream=False`)."""
-    early = [settings.redact] if settings.redact else []
-    late: list[Callable[[str], str]] = []
+    early = [settings.redact, *(above.boundary.redactors if above is not None else ())]
+    late = []
     for sink in sinks:
-        redact = getattr(sink, "redact", None)
-        if redact is not None and redact not in early:
-            (early if getattr(sink, "redact_upstream", True) else late).append(redact)
-    return Boundary(_chain(early)), Boundary(_chain(late)) if late else None
-
-
-def _chain(functions: Sequence[Callable[[str], str]]) -> Callable[[str], str] | None:
-    if len(functions) <= 1:
-        return functions[0] if functions else None
-
-    def redact(text: str) -> str:
-        for function in functions:
-            text = function(text)
-        return text
-
-    return redact
+        (early if getattr(sink, "redact_upstream", True) else late).append(getattr(sink, "redact", None))
+    return Boundary(*dict.fromkeys(early)), Boundary(*dict.fromkeys(late)) if any(late) else None
 
 
 def _trace(
@@ -187,9 +189,10 @@ def _trace(
     sinks: Sequence[Any],
     hooks: HookSet,
     tracer_provider: Any,
+    above: Recorder | None,
 ) -> RunTrace:
     provider = tracer_provider if tracer_provider is not None else trace.get_tracer_provider()
-    tracer = _tracer(provider)
+    tracer = above.tracer if tracer_provider is None and above is not None else _tracer(provider)
     if tracer is not None and sinks:
         route(provider)
     base = otel_context.get_current()
@@ -203,6 +206,7 @@ def _trace(
         resource=getattr(provider, "resource", None) or default_resource(),
         scope=_scope(),
         capture_content=captures_content(settings),
+        ledger=Ledger(above.ledger if above is not None else None),
     )
     return RunTrace(recorder, settings.agent_name, [bound.function for bound in hooks.observers], base)
 

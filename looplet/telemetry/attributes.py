@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from looplet.ledger import Ledger
 from looplet.messages import LoggedRequest, Message, encode
 from looplet.telemetry import semconv
 from looplet.types import Reply, Step, ToolCall, ToolResult, Usage
@@ -57,16 +58,21 @@ def of_usage(usage: Usage | None) -> Attributes:
     return attributes
 
 
-def of_run_usage(usage: Usage, unreported: int) -> Attributes:
-    """Return the totals of a run."""
+def of_ledger(ledger: Ledger) -> Attributes:
+    """Return the totals of a run: of its own model calls, and with those of the runs below it."""
+    own, total = ledger.own, ledger.total
     attributes: Attributes = {
-        semconv.RUN_INPUT_TOKENS: usage.input_tokens,
-        semconv.RUN_OUTPUT_TOKENS: usage.output_tokens,
+        semconv.RUN_INPUT_TOKENS: own.input_tokens,
+        semconv.RUN_OUTPUT_TOKENS: own.output_tokens,
+        semconv.TOTAL_INPUT_TOKENS: total.input_tokens,
+        semconv.TOTAL_OUTPUT_TOKENS: total.output_tokens,
     }
-    if usage.cost_usd is not None:
-        attributes[semconv.RUN_COST_USD] = usage.cost_usd
-    if unreported:
-        attributes[semconv.UNREPORTED_CALLS] = unreported
+    if own.cost_usd is not None:
+        attributes[semconv.RUN_COST_USD] = own.cost_usd
+    if total.cost_usd is not None:
+        attributes[semconv.TOTAL_COST_USD] = total.cost_usd
+    if ledger.unreported:
+        attributes[semconv.UNREPORTED_CALLS] = ledger.unreported
     return attributes
 
 

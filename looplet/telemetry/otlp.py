@@ -202,8 +202,6 @@ def _add_link(link: Any, out: list[bytes]) -> None:
     context = link.context
     flags = _REMOTE if context.is_remote else _LOCAL
     out.append(b'{"traceId":"%032x","spanId":"%016x","flags":%d' % (context.trace_id, context.span_id, flags))
-    if context.trace_state:
-        out.append(_field(b"traceState", context.trace_state.to_header()))
     _add_attributes(link.attributes, out)
     out.append(_count(b"droppedAttributesCount", getattr(link, "dropped_attributes", 0)))
     out.append(b"}")

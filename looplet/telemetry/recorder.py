@@ -23,6 +23,7 @@ from opentelemetry.context import Context, set_value
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
 
 from looplet.boundary import Boundary
+from looplet.ledger import Ledger
 from looplet.telemetry import semconv
 
 logger = logging.getLogger("looplet")
@@ -106,18 +107,20 @@ class Recorder:
         scope: Scope,
         capture_content: bool = False,
         late: Boundary | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.run_id = run_id
         self.boundary = boundary
         self.late = late
         """redacts what is recorded only: the provider's copy stays as it is (`redact_upstream=False`)"""
         self.sinks = tuple(sinks)
+        self.tracer = tracer
+        self.ledger = ledger or Ledger()
         self.resource = resource
         self.scope = scope
         self.open: dict[int, RecordedSpan] = {}
         self.common: dict[str, Any] = {semconv.RUN_ID: run_id}
         """attributes that every span of the run carries"""
-        self._tracer = tracer
         self._capture = capture_content
         self._base = set_value(RUN_KEY, self, context)
         self._clock = time_ns() - perf_counter_ns()
@@ -125,7 +128,7 @@ class Recorder:
     @property
     def recording(self) -> bool:
         """Tell whether anybody gets the spans."""
-        return bool(self.sinks) or self._tracer is not None
+        return bool(self.sinks) or self.tracer is not None
 
     def now(self) -> int:
         """Return nanoseconds since the epoch; never goes backwards within a run."""
@@ -146,7 +149,7 @@ class Recorder:
             attributes = redact_late(self.late, attributes)
         merged = {**self.common, **attributes} if attributes else dict(self.common)
         started = self.now()
-        inner = self._start_inner(name, context, kind, merged, links, started) if self._tracer is not None else None
+        inner = self._start_inner(name, context, kind, merged, links, started) if self.tracer is not None else None
         own = inner.get_span_context() if inner is not None else None
         if own is None or not own.is_valid or own.span_id == above.span_id:
             inner, own = None, _new_context(above)
@@ -191,10 +194,10 @@ class Recorder:
         links: Sequence[trace.Link],
         started: int,
     ) -> Span | None:
-        assert self._tracer is not None
+        assert self.tracer is not None
         shown = {key: value for key, value in attributes.items() if self.shows(key)}
         try:
-            return self._tracer.start_span(name, context, kind, shown, links or None, started)
+            return self.tracer.start_span(name, context, kind, shown, links or None, started)
         except Exception as error:  # noqa: BLE001 - the user's tracer, sampler and processors
             count_drop("the tracer provider failed", repr(error))
             return None

@@ -1,0 +1,144 @@
+"""What many tests need: a few tools, one run done sync and async, and span trees as plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from looplet import EvalContext, ProvenanceSink, Step, Trace, async_composable_loop, composable_loop, tool, tools_from
+from looplet.telemetry import semconv
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@tool(concurrent_safe=True)
+def look(name: str) -> dict:
+    """Look something up."""
+    return {"name": name, "found": True}
+
+
+@tool
+def boom(why: str = "kaput") -> None:
+    """Fail."""
+    raise RuntimeError(why)
+
+
+def make_tools():
+    return tools_from([add, look, boom], include_done=True)
+
+
+@dataclass
+class Outcome:
+    """What came of one run."""
+
+    steps: list[Step]
+    stop_reason: str | None
+    raised: str | None
+    tree: tuple
+    live: EvalContext
+    saved: EvalContext
+    trace: Trace
+
+
+def node_of(node) -> tuple:
+    """Return a span as plain data, without ids and times."""
+    told = node.attributes
+    return (
+        node.name,
+        {0: "UNSET", 2: "ERROR"}[node.record.status_code],
+        told.get(semconv.ERROR_TYPE),
+        told.get(semconv.STOP_REASON),
+        tuple(event.name for event in node.events),
+        tuple(sorted((node_of(child) for child in node.children), key=repr))
+        if node.name == semconv.DISPATCH
+        else tuple(node_of(child) for child in node.children),
+    )
+
+
+def names_of(node, depth: int = 0) -> list[str]:
+    """Return the tree as indented names."""
+    lines = ["  " * depth + node.name]
+    for child in node.children:
+        lines += names_of(child, depth + 1)
+    return lines
+
+
+def run_sync(make: Callable[..., dict[str, Any]], folder: Path, body: Callable[[Step], Any] | None = None) -> Outcome:
+    """Run what `make(is_async=False)` describes; `body` gets each step and may raise."""
+    sink = ProvenanceSink(folder)
+    arguments = make(is_async=False)
+    run = composable_loop(**{**arguments, "hooks": [*arguments.get("hooks", ()), sink]})
+    steps, raised = [], None
+    try:
+        with run:
+            for step in run:
+                steps.append(step)
+                if body is not None and body(step):
+                    break
+    except Exception as error:
+        raised = type(error).__name__
+    return outcome_of(run, steps, raised, folder)
+
+
+def run_async(make: Callable[..., dict[str, Any]], folder: Path, body: Callable[[Step], Any] | None = None) -> Outcome:
+    """Like `run_sync`, under `async for`."""
+    sink = ProvenanceSink(folder)
+    arguments = make(is_async=True)
+    run = async_composable_loop(**{**arguments, "hooks": [*arguments.get("hooks", ()), sink]})
+    steps, raised = [], None
+
+    async def main():
+        async with run:
+            async for step in run:
+                steps.append(step)
+                if body is not None and body(step):
+                    break
+
+    try:
+        asyncio.run(main())
+    except Exception as error:
+        raised = type(error).__name__
+    return outcome_of(run, steps, raised, folder)
+
+
+def outcome_of(run, steps, raised, folder) -> Outcome:
+    """Read the trace back and put everything side by side."""
+    trace = Trace.load(folder)
+    return Outcome(
+        [timeless(step) for step in steps],
+        run.stop_reason,
+        raised,
+        tuple(node_of(root) for root in trace.roots),
+        EvalContext.from_run(run),
+        EvalContext.from_trace(folder, run.run_id),
+        trace,
+    )
+
+
+def timeless(step: Step) -> Step:
+    """Return the step without what differs between two equal runs."""
+    return replace(step, tool_result=replace(step.tool_result, duration_ms=0.0))
+
+
+def both(make: Callable[..., dict[str, Any]], body: Callable[[Step], Any] | None = None) -> Outcome:
+    """Run sync and async, require the same of both and of what the file says; return the sync outcome.
+
+    `make(is_async=...)` returns fresh arguments of the loop each time: backend, task, tools, hooks, config.
+    """
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        sync = run_sync(make, Path(one), body)
+        other = run_async(make, Path(two), body)
+    assert sync.steps == other.steps
+    assert (sync.stop_reason, sync.raised) == (other.stop_reason, other.raised)
+    assert sync.tree == other.tree
+    assert sync.live == sync.saved
+    assert other.live == other.saved
+    return sync
