@@ -55,7 +55,6 @@ def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effect
             phase.put({semconv.SESSION_LOG: notes})
         if failure is not None:
             phase.fail_with(failure)
-        yield from run.trace.settle(phase)
     if isinstance(failure, Exception):
         root.fail_with(failure)
     elif failure is not None:

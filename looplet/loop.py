@@ -33,6 +33,7 @@ def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
         except BaseException as error:  # noqa: BLE001 - Ctrl-C, cancellation; raised again below
             run.ending, failure = "cancelled", error
         failure = yield from end_run(run, root, failure)
+    yield from run.trace.settle(root)
     if failure is not None:
         raise failure
     return run.result(run.ending)

@@ -13,7 +13,7 @@ from opentelemetry import trace
 
 from looplet._version import __version__
 from looplet.backends.adapter import Model
-from looplet.boundary import Boundary
+from looplet.boundary import Boundary, Redact
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError
 from looplet.hooks import SINK, HookSet
@@ -176,7 +176,7 @@ def _head(settings: LoopConfig, model: Model, tools: BaseToolRegistry, boundary:
 def _boundaries(settings: LoopConfig, sinks: Sequence[Any], above: Recorder | None) -> tuple[Boundary, Boundary | None]:
     """Return the boundary of the run, and one for what is recorded only (`redact_upstream=False`)."""
     early = [settings.redact, *(above.boundary.redactors if above is not None else ())]
-    late = []
+    late: list[Redact | None] = []
     for sink in sinks:
         (early if getattr(sink, "redact_upstream", True) else late).append(getattr(sink, "redact", None))
     return Boundary(*dict.fromkeys(early)), Boundary(*dict.fromkeys(late)) if any(late) else None

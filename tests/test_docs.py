@@ -32,7 +32,7 @@ def test_the_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         space: dict = {"__name__": "docs"}
         for block in blocks(page):
-            exec(compile(block, str(page), "exec"), space)  # noqa: S102 - our own documents
+            exec(compile(block, str(page), "exec"), space)
         assert not server.errors
     assert "✓ greet(name='Alice')" in capsys.readouterr().out
 

@@ -447,6 +447,12 @@ def test_other_ways_to_write_the_same_trace_are_read_alike(change):
     assert decode_line(_dump(change(json.loads(full_line())))) == decode_line(full_line())
 
 
+@pytest.mark.parametrize("parent", ["", None, "0" * 16, "AAAAAAAAAAA="])
+def test_a_span_without_parent_is_a_root(parent):
+    (record,) = decode_line(_dump({"resourceSpans": [{"scopeSpans": [{"spans": [{"parentSpanId": parent}]}]}]}))
+    assert record.parent_id == ""
+
+
 def test_missing_and_null_fields_are_empty():
     bare_span = {
         "name": None,

@@ -131,13 +131,13 @@ def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def _protocol_of(llm: Any, *, native: bool) -> str:
+    if inspect.isclass(llm):
+        raise ConfigError(f"llm= takes a backend object: pass {llm.__name__}(...), not the class")
     for name in PROTOCOLS:
         if callable(getattr(llm, name, None)) and (
             native or name != "generate_with_tools" or not hasattr(llm, "generate")
         ):
             return name
-    if inspect.isclass(llm):
-        raise ConfigError(f"llm= takes a backend object: pass {llm.__name__}(...), not the class")
     public = [name for name in dir(llm) if not name.startswith("_")]
     hint = next((h for name in public if (h := did_you_mean(name, PROTOCOLS))), "")
     raise ConfigError(
