@@ -49,7 +49,7 @@ class EchoModel:
     def __init__(self) -> None:
         self.calls = 0
 
-    def chat(self, messages, *, tools=None):
+    def chat(self, messages, *, tools=None, system_prompt="", max_tokens=None, temperature=None):
         """Return a reply with one tool call, a new text each time."""
         self.calls += 1
         call = ToolCall("echo", {"text": f"number {self.calls}"}, call_id=f"call_{self.calls}")
@@ -62,7 +62,7 @@ def bare_loop(turns: int) -> Iterator[str]:
     messages = [{"role": "user", "content": "goal: benchmark"}]
     schemas = [echo.to_json_schema()]
     for _ in range(turns):
-        reply = model.chat(messages, tools=schemas)
+        reply = model.chat(messages, tools=schemas, system_prompt="Repeat what you hear.")
         for call in reply.tool_calls:
             arguments = json.dumps(call.args)
             messages.append({"role": "assistant", "id": call.call_id, "name": call.tool, "arguments": arguments})
@@ -75,7 +75,13 @@ def looplet_run(turns: int, hooks=(), tracer_provider=None):
     """Return a run of `turns` turns."""
     tools = tools_from([echo])
     return composable_loop(
-        EchoModel(), {"goal": "benchmark"}, tools, hooks=hooks, max_steps=turns, tracer_provider=tracer_provider
+        EchoModel(),
+        {"goal": "benchmark"},
+        tools,
+        hooks=hooks,
+        max_steps=turns,
+        system_prompt="Repeat what you hear.",
+        tracer_provider=tracer_provider,
     )
 
 

@@ -12,42 +12,61 @@ from typing import TYPE_CHECKING, Any
 
 from looplet._version import __version__
 
-if TYPE_CHECKING:
-    from looplet.backends.openai import AsyncOpenAIBackend, OpenAIBackend
-    from looplet.config import LoopConfig
-    from looplet.decisions import Allow, Block, Continue, Deny, HookDecision, InjectContext, Stop
-    from looplet.errors import (
-        BackendError,
-        ConfigError,
-        ContextOverflow,
-        ErrorKind,
-        LoopletError,
-        ToolError,
-        TraceError,
-    )
-    from looplet.evals.context import EvalContext
-    from looplet.evals.runner import eval_discover, eval_run, eval_run_batch
-    from looplet.evals.score import EvalResult, eval_mark
-    from looplet.hooks import CheckDone, PostDispatch, PreDispatch, PrePrompt
-    from looplet.messages import Conversation, Message
-    from looplet.prompt import Prompt
-    from looplet.run import AsyncRun, Run, async_composable_loop, composable_loop
-    from looplet.scope import RunResult
-    from looplet.state import DefaultState, SessionLog
-    from looplet.telemetry.provenance import ProvenanceSink
-    from looplet.telemetry.reader import SpanNode, Trace
-    from looplet.telemetry.spans import PhaseEnd
-    from looplet.testing.backends import MockLLMBackend
-    from looplet.tools import (
-        BaseToolRegistry,
-        CancelToken,
-        ToolContext,
-        ToolSpec,
-        register_done_tool,
-        tool,
-        tools_from,
-    )
-    from looplet.types import Reply, Step, ToolCall, ToolResult, Usage
+if TYPE_CHECKING:  # `as` makes them public for type checkers, too
+    from looplet.backends.openai import AsyncOpenAIBackend as AsyncOpenAIBackend
+    from looplet.backends.openai import OpenAIBackend as OpenAIBackend
+    from looplet.config import LoopConfig as LoopConfig
+    from looplet.decisions import Allow as Allow
+    from looplet.decisions import Block as Block
+    from looplet.decisions import Continue as Continue
+    from looplet.decisions import Deny as Deny
+    from looplet.decisions import HookDecision as HookDecision
+    from looplet.decisions import InjectContext as InjectContext
+    from looplet.decisions import Stop as Stop
+    from looplet.errors import BackendError as BackendError
+    from looplet.errors import ConfigError as ConfigError
+    from looplet.errors import ContextOverflow as ContextOverflow
+    from looplet.errors import ErrorKind as ErrorKind
+    from looplet.errors import LoopletError as LoopletError
+    from looplet.errors import ToolError as ToolError
+    from looplet.errors import TraceError as TraceError
+    from looplet.evals.context import EvalContext as EvalContext
+    from looplet.evals.runner import eval_discover as eval_discover
+    from looplet.evals.runner import eval_run as eval_run
+    from looplet.evals.runner import eval_run_batch as eval_run_batch
+    from looplet.evals.score import EvalResult as EvalResult
+    from looplet.evals.score import eval_mark as eval_mark
+    from looplet.hooks import CheckDone as CheckDone
+    from looplet.hooks import PostDispatch as PostDispatch
+    from looplet.hooks import PreDispatch as PreDispatch
+    from looplet.hooks import PrePrompt as PrePrompt
+    from looplet.messages import Conversation as Conversation
+    from looplet.messages import Message as Message
+    from looplet.prompt import Prompt as Prompt
+    from looplet.run import AsyncRun as AsyncRun
+    from looplet.run import Run as Run
+    from looplet.run import async_composable_loop as async_composable_loop
+    from looplet.run import composable_loop as composable_loop
+    from looplet.scope import RunResult as RunResult
+    from looplet.state import DefaultState as DefaultState
+    from looplet.state import SessionLog as SessionLog
+    from looplet.telemetry.provenance import ProvenanceSink as ProvenanceSink
+    from looplet.telemetry.reader import SpanNode as SpanNode
+    from looplet.telemetry.reader import Trace as Trace
+    from looplet.telemetry.spans import PhaseEnd as PhaseEnd
+    from looplet.testing.backends import MockLLMBackend as MockLLMBackend
+    from looplet.tools import BaseToolRegistry as BaseToolRegistry
+    from looplet.tools import CancelToken as CancelToken
+    from looplet.tools import ToolContext as ToolContext
+    from looplet.tools import ToolSpec as ToolSpec
+    from looplet.tools import register_done_tool as register_done_tool
+    from looplet.tools import tool as tool
+    from looplet.tools import tools_from as tools_from
+    from looplet.types import Reply as Reply
+    from looplet.types import Step as Step
+    from looplet.types import ToolCall as ToolCall
+    from looplet.types import ToolResult as ToolResult
+    from looplet.types import Usage as Usage
 
 # module → the public names it provides
 _HOMES = {

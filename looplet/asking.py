@@ -10,7 +10,7 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from looplet.errors import BackendError, ErrorKind, ToolError
-from looplet.messages import LoggedRequest, Message
+from looplet.messages import LoggedRequest, Message, clean_part
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
 from looplet.prompt import Prompt, render, reread_task
@@ -39,6 +39,8 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     with turn.phase(semconv.PRE_PROMPT) as phase:
         told, run.briefing = run.briefing, []
         messages = run.conversation.view(run.head, _briefing(told))
+        if run.asks_rewriters and not run.model_calls:
+            run.task_position = next((at for at, m in enumerate(messages) if m is run.task_message), None)
         rewritten = False
         for bound in run.hooks.of("pre_prompt"):
             if run.context is not None:
@@ -72,7 +74,7 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
         run.turn_prompt = render(logged.new, logged.first)
         try:
             raw = yield from phase.call(model.request(messages, run.tools), model.lane)
-            reply = model.reply(raw, run.boundary)
+            reply = model.reply(raw, run.boundary, run.tools.tool_names)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
             _failed_call(run, phase, error)
             answer = Answer(Reply(), error=error)
@@ -91,12 +93,12 @@ def remember(run: RunScope, answer: Answer) -> None:
     """Add what the model said to the conversation."""
     reply = answer.reply
     if answer.problem:
-        run.conversation.append(Message.of_text("assistant", reply.text or "(nothing)"))
-        run.conversation.append(Message.of_text("user", answer.problem))
+        run.conversation.append(Message.of_text("assistant", reply.text or "(nothing)"), clean=True)
+        run.conversation.append(Message.of_text("user", answer.problem), clean=True)
     elif run.model.native or not reply.text:
-        run.conversation.append(Message.of_reply(reply))
+        run.conversation.append(Message.of_reply(reply), clean=True)
     else:  # the text protocol: the model must see its own words again, not our rendering of them
-        run.conversation.append(Message.of_text("assistant", reply.text))
+        run.conversation.append(Message.of_text("assistant", reply.text), clean=True)
 
 
 def error_step(run: RunScope, answer: Answer) -> Step:
@@ -132,11 +134,7 @@ def _take(run: RunScope, prompt: Prompt, taken: list[Sequence[Message]], value: 
 
 def _cleaned(run: RunScope, old: Message, new: Message) -> Message:
     parts = zip(old.parts, new.parts, strict=True)
-    return Message(new.role, tuple(n if n is o else {**n, **_clean_part(run, n)} for o, n in parts))
-
-
-def _clean_part(run: RunScope, part: dict[str, Any]) -> dict[str, Any]:
-    return {name: run.boundary.clean(part[name]) for name in ("content", "response", "arguments") if name in part}
+    return Message(new.role, tuple(n if n is o else clean_part(n, run.boundary.clean) for o, n in parts))
 
 
 def _log(run: RunScope, messages: Sequence[Message]) -> LoggedRequest:
@@ -172,9 +170,11 @@ def _record_late_task(run: RunScope, phase: Phase, messages: Sequence[Message]) 
     """Record the task with the first request when a hook may rewrite it: not before the hook has seen it."""
     run.recorded_task = run.task
     if run.rewrites:
-        sent = messages[len(run.head) + len(run.conversation) - 1].text
-        if sent != run.conversation[-1].text:
-            run.recorded_task = reread_task(sent, run.task)
+        sent = None if run.task_position is None else messages[run.task_position]
+        if sent is None:  # taken out of the conversation before anybody could rewrite it
+            run.recorded_task = {}
+        elif sent is not run.task_message:
+            run.recorded_task = reread_task(sent.text, run.task)
     phase.put(attributes.of_task(run.recorded_task))
 
 

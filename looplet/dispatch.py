@@ -14,7 +14,7 @@ from looplet.steering import clean_result, consult
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import ToolContext, ToolSpec, failure, success, to_tool_error
-from looplet.types import NO_USAGE, Step, ToolCall, ToolResult
+from looplet.types import NO_USAGE, Step, ToolCall, ToolResult, summarize_args
 
 
 @dataclass(slots=True)
@@ -122,6 +122,7 @@ def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str) -> Effec
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
             result = failure(call, to_tool_error(error), warnings=ctx.warnings)
         result = clean_result(run, replace(result, duration_ms=phase.stop_clock()))
+        result = replace(result, tool=call.tool, args_summary=summarize_args(call.args), call_id=call.call_id)
         item.result = item.recorded = result
         _record_result(run, phase, call, result)
     run.trace.durable()
@@ -263,11 +264,12 @@ def _add_step(run: RunScope, phase: Phase, item: Pending) -> Step:
     usage, prompt = run.turn_usage, run.turn_prompt
     run.turn_usage, run.turn_prompt = NO_USAGE, ""
     step = Step(item.number, item.call, item.result, usage, prompt, item.context)
-    if item.recorded is not item.result and phase.recording and not run.trace.withhold_results:
-        phase.event(semconv.EVENT_STEP, attributes.of_step(step))
+    if item.recorded is not item.result and phase.recording:
+        withheld = run.trace.withhold_results
+        phase.event(semconv.EVENT_STEP, attributes.of_withheld_step(step) if withheld else attributes.of_step(step))
     _count_step(run, item)
     run.state.steps.append(step)
-    run.conversation.append(Message.of_result(item.call.call_id, response_of(item.result)))
+    run.conversation.append(Message.of_result(item.call.call_id, response_of(item.result)), clean=True)
     return step
 
 
@@ -307,4 +309,4 @@ def _answer_dropped(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> No
     for call in calls:
         if call.call_id not in begun:
             turn.event(semconv.EVENT_CALL_DROPPED, {semconv.TOOL_CALL_ID: call.call_id})
-            run.conversation.append(Message.of_result(call.call_id, {"error": "not run"}))
+            run.conversation.append(Message.of_result(call.call_id, {"error": "not run"}), clean=True)

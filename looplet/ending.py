@@ -51,7 +51,7 @@ def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effect
         if failure is not None and run.ending not in FAILURES:
             run.ending = "error"
         phase.put({semconv.STOP_REASON: run.ending or ""})
-        if (notes := _own_notes(run)) is not None:
+        if (notes := own_notes(run)) is not None:
             phase.put({semconv.SESSION_LOG: notes})
         if failure is not None:
             phase.fail_with(failure)
@@ -100,7 +100,7 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
     root.note(stop_reason=ending, usage=ledger.own, steps=len(run.state.steps))
 
 
-def _own_notes(run: RunScope) -> str | None:
+def own_notes(run: RunScope) -> str | None:
     """Return the session log's text where somebody else wrote into it too: the steps alone do not tell it then."""
     retold = SessionLog(title=run.session_log.title, highlights_label=run.session_log.highlights_label)
     for step in run.state.steps:

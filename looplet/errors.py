@@ -5,7 +5,7 @@ LoopletError
 ├── BackendError        the provider failed            .status  .retryable  .retry_after_s
 │   └── ContextOverflow the request is longer than the model's window
 ├── ToolError           raised by a tool author to talk to the model   .kind  .retriable
-└── TraceError          a trace file that cannot be read               .path  .line
+└── TraceError          a trace file that cannot be read or written    .path  .line
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ToolError(LoopletError):
 
 
 class TraceError(LoopletError):
-    """A trace file that cannot be read; `path` and `line` (from 1, 0 if unknown) say where."""
+    """A trace file that cannot be read or written; `path` and `line` (from 1, 0 if unknown) say where."""
 
     def __init__(self, message: str, *, path: str = "", line: int = 0) -> None:
         where = f"{path}:{line}: " if line else f"{path}: " if path else ""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.context import Context, attach
 
-from looplet import threads
 from looplet.errors import ConfigError
 from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout, Effect, Effects, Gather, Skipped, finish
+from looplet.threads import Job, Worker, acquire
 
 if TYPE_CHECKING:
     import asyncio
@@ -83,7 +83,7 @@ class SyncExecutor:
     def _gather(self, plans: tuple[Effects[Any], ...]) -> list[Any]:
         jobs = []
         for plan in plans:
-            job, worker = threads.Job(partial(finish, plan, self.perform)), threads.acquire()
+            job, worker = Job(partial(finish, plan, self.perform)), acquire()
             worker.submit(job)
             jobs.append((job, worker))
         try:
@@ -97,7 +97,7 @@ class SyncExecutor:
         return _unwrap(outcomes)
 
 
-def _outcome(job: threads.Job) -> tuple[Any, BaseException | None]:
+def _outcome(job: Job) -> tuple[Any, BaseException | None]:
     job.wait_done()
     return job.value, job.error
 
@@ -110,7 +110,7 @@ def _unwrap(outcomes: list[tuple[Any, BaseException | None]]) -> list[Any]:
 
 
 def _in_thread(thunk: Callable[[], Any], timeout_s: float) -> Any:
-    job, worker = threads.Job(thunk), threads.acquire()
+    job, worker = Job(thunk), acquire()
     worker.submit(job)
     try:
         job.wait_done(timeout_s)
@@ -125,7 +125,7 @@ class AsyncExecutor:
     """Performs effects under `async for`: `async def` here, whatever may block on looplet's own threads."""
 
     def __init__(self) -> None:
-        self._worker: threads.Worker | None = None
+        self._worker: Worker | None = None
 
     async def perform(self, effect: Effect) -> Any:
         """Perform one effect; raises what it raises, and `CallTimeout` when it took too long."""
@@ -146,8 +146,8 @@ class AsyncExecutor:
 
     async def _in_thread(self, thunk: Callable[[], Any], effect: Call) -> Any:
         own = effect.lane == PARALLEL or effect.timeout_s is not None
-        worker = threads.acquire() if own else self._serial_worker()
-        job = threads.Job(thunk)
+        worker = acquire() if own else self._serial_worker()
+        job = Job(thunk)
         worker.submit(job)
         try:
             await _job_done(job, effect.timeout_s)
@@ -160,9 +160,9 @@ class AsyncExecutor:
             worker.release()
         return job.outcome()
 
-    def _serial_worker(self) -> threads.Worker:
+    def _serial_worker(self) -> Worker:
         if self._worker is None:
-            self._worker = threads.acquire()
+            self._worker = acquire()
         return self._worker
 
     async def _gather(self, plans: tuple[Effects[Any], ...]) -> list[Any]:
@@ -198,7 +198,7 @@ def _error_of(task: asyncio.Future[Any]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
-async def _job_done(job: threads.Job, timeout_s: float | None) -> None:
+async def _job_done(job: Job, timeout_s: float | None) -> None:
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -284,12 +284,12 @@ class PrivateLoop:
         import asyncio
 
         self._loop = asyncio.new_event_loop()
-        self._worker = threads.Worker()
-        self._worker.submit(threads.Job(self._serve))
+        self._worker = Worker()
+        self._worker.submit(Job(self._serve))
 
     def run(self, value: Awaitable[Any], variables: ContextVars, timeout_s: float | None) -> Any:
         """Await `value` in the loop's thread; raises what it raises, `CallTimeout` after `timeout_s` seconds."""
-        job = threads.Job(lambda: None)
+        job = Job(lambda: None)
         tasks: list[asyncio.Task[Any]] = []
 
         def start() -> None:

@@ -5,7 +5,6 @@ Knows what tool parameters use; `Checker` lists the keywords.  Anything else is 
 
 from __future__ import annotations
 
-import json
 import operator
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -211,7 +210,7 @@ def shown_value(value: Any) -> str:
     if value is ...:
         return "nothing"
     if value is None or isinstance(value, bool):
-        return json.dumps(value)
+        return {None: "null", True: "true", False: "false"}[value]
     return cut(repr(value), 80) if isinstance(value, str | int | float) else _json_type(value)
 
 

@@ -11,7 +11,6 @@ messages of request 7, then message 91.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -80,21 +79,45 @@ class Message:
         ]
 
 
+def clean_message(message: Message, clean: Callable[[Any], Any]) -> Message:
+    """Return the message with everything in it cleaned but what holds it together."""
+    return Message(message.role, tuple(clean_part(part, clean) for part in message.parts))
+
+
+def clean_part(part: Part, clean: Callable[[Any], Any]) -> Part:
+    """Return a part with everything in it cleaned but its type and id."""
+    return {name: value if name in ("type", "id") else clean(value) for name, value in part.items()}
+
+
 class Conversation:
-    """What was said so far, oldest first.  Appending is cheap; any other change copies the list."""
+    """What was said so far, oldest first.  Appending is cheap; any other change copies the list.
+
+    In a run, messages that somebody else adds pass the run's boundary.
+    """
 
     def __init__(self, messages: Iterable[Message] = ()) -> None:
         self._messages = list(messages)
+        self._clean: Callable[[Any], Any] | None = None
         self.edits = 0
         """how often something other than appending happened"""
 
-    def append(self, message: Message) -> None:
-        """Add a message at the end."""
-        self._messages.append(message)
+    def join(self, clean: Callable[[Any], Any]) -> None:
+        """Become the conversation of a run; `clean` is its boundary."""
+        self._clean = clean
+        self._messages = [clean_message(message, clean) for message in self._messages]
+        self.edits += 1
+
+    def append(self, message: Message, *, clean: bool = False) -> None:
+        """Add a message at the end; `clean` says that it has passed the run's boundary already."""
+        self._messages.append(message if clean or self._clean is None else clean_message(message, self._clean))
 
     def replace(self, messages: Iterable[Message]) -> None:
         """Put other messages in the place of all: how compaction, pruning and truncation are written."""
-        self._messages = list(messages)
+        if self._clean is None:
+            self._messages = list(messages)
+        else:
+            known = {id(message) for message in self._messages}
+            self._messages = [m if id(m) in known else clean_message(m, self._clean) for m in messages]
         self.edits += 1
 
     def truncate(self, keep_last: int) -> None:
@@ -155,10 +178,13 @@ class MessageView(Sequence[Message]):
     @overload
     def __getitem__(self, index: int) -> Message: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+    def __getitem__(self, index: slice) -> Sequence[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | Sequence[Message]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            low, high, stride = index.indices(len(self))
+            if low <= len(self._head) and high == len(self) and stride == 1:  # without the system prompt: no copy
+                return MessageView(self._head[low:], self._body, self._length, self._tail)
+            return [self[i] for i in range(low, high, stride)]
         at = index if index >= 0 else index + len(self)
         if not 0 <= at < len(self):
             raise IndexError("message index out of range")
@@ -229,8 +255,8 @@ class MessageLog:
     def _number(self, message: Message, new: list[tuple[Message, bytes]]) -> tuple[int, bytes]:
         known = self._known.get(id(message))
         if known is None:
-            data = encode(message.to_dict() if self._clean is None else self._clean(message.to_dict()))
-            digest = hashlib.sha256(data).digest()
+            data = encode((message if self._clean is None else clean_message(message, self._clean)).to_dict())
+            digest = sha256(data).digest()
             number = self._numbers.get(digest)
             if number is None:
                 number = self._numbers[digest] = len(self._numbers)
@@ -247,7 +273,7 @@ class _References:
     def __init__(self) -> None:
         self.order: list[int] = []
         self.ranges: list[tuple[int, int]] = []
-        self.sha = hashlib.sha256()
+        self.sha = sha256()
 
     def add(self, number: int, digest: bytes) -> None:
         self.order.append(number)
@@ -313,13 +339,25 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 def digest(message: Message) -> bytes:
     """Return the hash that stands for the message in `looplet.input.sha256`."""
-    return hashlib.sha256(encode(message.to_dict())).digest()
+    return bytes(sha256(encode(message.to_dict())).digest())
 
 
 def encode(value: Any) -> bytes:
     """Return compact JSON; equal values built in the same order give equal bytes."""
     data: bytes = _encoder()(value)
     return data
+
+
+def sha256(data: bytes = b"") -> Any:
+    """Return the hash object over `data`."""
+    return _hash_function()(data)
+
+
+@cache
+def _hash_function() -> Any:
+    import hashlib
+
+    return hashlib.sha256
 
 
 @cache

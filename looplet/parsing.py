@@ -16,8 +16,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-import msgspec
-
 from looplet.errors import LoopletError
 from looplet.types import ToolCall, cut
 
@@ -37,8 +35,6 @@ _CALL_KEYS = frozenset((*_NAME_KEYS, *_ARGS_KEYS, *_BATCH_KEYS, *_REASONING_KEYS
 
 _MAX_DEPTH = 200
 _ATTEMPT_COST = 16
-
-_decode = msgspec.json.Decoder().decode
 
 
 class ParseFailure(LoopletError):
@@ -61,8 +57,10 @@ def parse_tool_calls(text: str, known: Collection[str] = ()) -> list[ToolCall]:
 
     Raises `ParseFailure` if there is no call, and nothing else.
     """
+    import msgspec
+
     try:
-        return _calls_in(_decode(text))
+        return _calls_in(msgspec.json.decode(text))
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError, _Broken):
         pass  # the search finds it again, and says where it is
     text = _without_lone_surrogates(text)

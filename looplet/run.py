@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from looplet.config import LoopConfig
+from looplet.ending import own_notes
 from looplet.errors import ConfigError
 from looplet.executors import AsyncExecutor, LastExecutor, SyncExecutor
 from looplet.loop import agent_plan
@@ -78,6 +79,12 @@ class _Run(Generic[ExecutorT]):
     def session_log(self) -> Any:
         """Return the run's notes."""
         return self._scope.session_log
+
+    @property
+    def session_log_text(self) -> str:
+        """Return the run's notes as the trace tells them."""
+        notes = own_notes(self._scope)
+        return self._scope.session_log.render() if notes is None else notes
 
     @property
     def _ended(self) -> bool:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import PurePath
 from typing import Any, TypedDict
 
 from looplet.errors import ConfigError, ErrorKind, ToolError
@@ -279,6 +277,8 @@ def _annotated_text(hint: Any) -> str | None:
 
 
 def _default(value: Any) -> dict[str, Any]:
+    import json
+
     import msgspec
 
     try:
@@ -298,6 +298,8 @@ def _components(types: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, A
 
 
 def _path_schema(type_: type) -> dict[str, Any]:
+    from pathlib import PurePath
+
     if not issubclass(type_, PurePath):
         raise NotImplementedError
     return {"type": "string"}

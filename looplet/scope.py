@@ -55,6 +55,8 @@ class RunScope:
     head: tuple[Message, ...] = ()
     """the messages that every request begins with: system prompt, text protocol"""
     log: MessageLog = field(default_factory=MessageLog)
+    task_message: Message | None = None
+    """the message that shows the task"""
     briefing: list[str] = field(default_factory=list)
     """texts for the next request only"""
     stop: str | None = None
@@ -69,6 +71,8 @@ class RunScope:
     logged_prefix: int = 0
     """how many leading messages the next request shares with the last one, if the conversation was only appended to"""
     logged_edits: int = 0
+    task_position: int | None = None
+    """of the task's message in the first request, None while there is none"""
     recorded_task: dict[str, Any] = field(default_factory=dict)
     """the task as the trace tells it; `{}` while a hook that may rewrite it has not seen it"""
     rewrites: bool = False

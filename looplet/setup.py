@@ -62,7 +62,9 @@ def make_scope(
     run_trace = _trace(settings, boundary, late, sinks, hook_set, tracer_provider, above)
     clean_task = boundary.clean(dict(task or {}))
     talk = conversation if conversation is not None else Conversation()
-    talk.append(Message.of_text("user", render_task(clean_task)))
+    talk.join(boundary.clean)
+    task_message = Message.of_text("user", render_task(clean_task))
+    talk.append(task_message, clean=True)
     _tell_state(state, clean_task, talk)
     return RunScope(
         model,
@@ -79,6 +81,7 @@ def make_scope(
         context,
         head=_head(settings, model, tools, boundary),
         log=MessageLog(late.clean if late is not None else None),
+        task_message=task_message,
     )
 
 

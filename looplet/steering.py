@@ -57,7 +57,7 @@ def consult_raw(
 
 
 def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
-    """Return a result whose every field has passed the boundary."""
+    """Return a result whose content has passed the boundary; the call's name and summary are clean already."""
     clean = run.boundary
     detail = result.error_detail
     if detail is not None:
@@ -70,11 +70,10 @@ def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
         )
     return replace(
         result,
-        tool=clean.text(str(result.tool)),
-        args_summary=clean.text(str(result.args_summary)),
         data=clean.clean(result.data),
         error=None if result.error is None else clean.text(str(result.error)),
         error_detail=detail,
+        result_key=clean.clean(result.result_key),
         warnings=tuple(clean.text(str(w)) for w in result.warnings),
         metadata=clean.clean(result.metadata),
         raw=result.data if result.raw is None else result.raw,
@@ -99,7 +98,15 @@ def _clean(run: RunScope, decision: HookDecision) -> HookDecision:
         stop=text(decision.stop),
         additional_context=text(decision.additional_context),
         updated_args=None if decision.updated_args is None else clean.clean(dict(decision.updated_args)),
-        updated_result=None if decision.updated_result is None else clean_result(run, decision.updated_result),
+        updated_result=None if decision.updated_result is None else _clean_answer(run, decision.updated_result),
+    )
+
+
+def _clean_answer(run: RunScope, result: ToolResult) -> ToolResult:
+    """Return a hook's own result, cleaned: its names are the hook's words too."""
+    clean = run.boundary.text
+    return replace(
+        clean_result(run, result), tool=clean(str(result.tool)), args_summary=clean(str(result.args_summary))
     )
 
 

@@ -7,8 +7,9 @@ receives a `ToolContext`.  A tool that raises is an observation for the model, n
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
@@ -94,8 +95,8 @@ class ToolSpec:
     is_async: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.name or len(self.name) > 64 or not all(c.isalnum() or c in "_-" for c in self.name):
-            raise ConfigError(f"tool name {self.name!r}: use 1 to 64 letters, digits, '_' or '-'")
+        if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", self.name):
+            raise ConfigError(f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-'")
         inferred = function_parameters(self.execute)
         put = partial(object.__setattr__, self)
         put("_signature", inferred if self.parameters is None else declared_parameters(dict(self.parameters)))
@@ -317,9 +318,9 @@ def register_think_tool(registry: BaseToolRegistry) -> None:
 
 
 def success(call: ToolCall, data: Any, **rest: Any) -> ToolResult:
-    """Return the result of a call that returned `data`; a ToolResult is taken as it is."""
+    """Return the result of a call that returned `data`; a ToolResult is taken as it is, warnings are added to it."""
     if isinstance(data, ToolResult):
-        return data
+        return replace(data, warnings=(*data.warnings, *rest.get("warnings", ())))
     return ToolResult(call.tool, summarize_args(call.args), data, call_id=call.call_id, **rest)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import looplet
 from looplet import EvalContext, ProvenanceSink, Step, Trace, async_composable_loop, composable_loop, tool, tools_from
 from looplet.telemetry import semconv
 
@@ -142,3 +146,17 @@ def both(make: Callable[..., dict[str, Any]], body: Callable[[Step], Any] | None
     assert sync.live == sync.saved
     assert other.live == other.saved
     return sync
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the variables of a sub-process that finds this looplet and no endpoint; `more` comes on top."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    return {**kept, "PYTHONPATH": str(Path(looplet.__file__).resolve().parent.parent), **more}
+
+
+def python(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a sub-process and return what came of it."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**more), capture_output=True, encoding="utf-8", errors="replace", timeout=120
+    )

@@ -172,7 +172,7 @@ def test_unchecked_packages_are_unknown_until_they_are_checked(tmp_path: Path) -
 
 def test_empty_folder_has_no_grades(tmp_path: Path) -> None:
     box = tools(tmp_path)
-    assert box["detect_files"]() == {"files": [], "files_in_project": 0}
+    assert box["detect_files"]() == {"files": [], "files_in_project": 0, "python_files": 0}
     for name in CHECKS:
         box[name]()
     assert {part["grade"] for part in box["write_report"]()["parts"].values()} == {"unknown"}

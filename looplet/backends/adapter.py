@@ -12,7 +12,8 @@ A method gets only the keyword arguments that it takes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -20,7 +21,8 @@ from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, LoopletError, did_you_mean
 from looplet.executors import refuse_async
-from looplet.messages import Message
+from looplet.messages import Message, encode
+from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import INLINE, SERIAL
 from looplet.prices import priced
 from looplet.prompt import render
@@ -63,6 +65,7 @@ class Model:
             raise ConfigError("this backend is async: iterate with `async for step in async_composable_loop(...)`")
         self.lane = INLINE if _is_async(self._method) else SERIAL
         self._settings = self._settings_for(config)
+        self._takes_system = bool(self._accepted({"system_prompt": ""}))
 
     def request(self, messages: Sequence[Message], tools: BaseToolRegistry) -> Callable[[], Any]:
         """Return the call that asks the model; the messages begin with the system prompt, if there is one."""
@@ -75,25 +78,26 @@ class Model:
         call = partial(self._method, first, **given)
         return (lambda: refuse_async(call())) if self._sync else call
 
-    def reply(self, raw: Any, boundary: Boundary) -> Reply:
-        """Return the model's answer, cleaned; raises LoopletError when the backend returned something else."""
+    def reply(self, raw: Any, boundary: Boundary, known: Collection[str] = ()) -> Reply:
+        """Return the model's answer, cleaned; raises LoopletError when the backend returned something else.
+
+        `known` names the tools, for calls that are to be found in the text.
+        """
         reply = _reply_of(raw, self.protocol)
         usage = reply.usage
         if usage is not None:
             usage = priced(usage, reply.model or self.name, str(getattr(self.llm, "base_url", "") or ""))
         clean = boundary.text
-        calls = tuple(
-            ToolCall(clean(c.tool), boundary.clean(c.args), clean(c.reasoning), c.call_id, boundary.clean(c.metadata))
-            for c in reply.tool_calls
-        )
+        calls = tuple(_clean_call(call, boundary) for call in reply.tool_calls)
+        text = clean(reply.text) if calls else _clean_text(reply.text, boundary, known)
         return Reply(
-            clean(reply.text), calls, usage, reply.model, reply.response_id, reply.finish_reason,
+            text, calls, usage, reply.model, reply.response_id, reply.finish_reason,
             clean(reply.reasoning), boundary.clean(reply.metadata),
         )  # fmt: skip
 
     def _split_system(self, messages: Sequence[Message]) -> tuple[dict[str, str], Any]:
         """Return the system prompt as an argument, if the method takes it, and the messages without it."""
-        if not self._accepted({"system_prompt": ""}):
+        if not self._takes_system:
             return {}, messages
         if messages[0].role == "system":
             return {"system_prompt": messages[0].text}, messages[1:]
@@ -121,6 +125,31 @@ class Model:
     def _requires(self, name: str) -> bool:
         parameter = _parameters(self._method).get(name)
         return parameter is not None and parameter.default is parameter.empty
+
+
+def _clean_call(call: ToolCall, boundary: Boundary) -> ToolCall:
+    text, clean = boundary.text, boundary.clean
+    return ToolCall(text(call.tool), clean(call.args), text(call.reasoning), text(call.call_id), clean(call.metadata))
+
+
+def _clean_text(text: str, boundary: Boundary, known: Collection[str]) -> str:
+    r"""Return a reply's text, redacted such that the calls in it are those that were meant, redacted.
+
+    Redacting JSON as a text may break it (`{"card": 4111...}` becomes `{"card": [card]}`) or miss what JSON escapes
+    (`bob\u0040example.com`).  Where it does, the text is written anew out of the redacted calls.
+    """
+    cleaned = boundary.text(text)
+    if not boundary.redactors:
+        return cleaned
+    try:
+        meant = [_clean_call(call, boundary) for call in parse_tool_calls(text, known)]
+    except ParseFailure:
+        return cleaned
+    with suppress(ParseFailure):
+        if parse_tool_calls(cleaned, known) == meant:
+            return cleaned
+    said = [{"tool": c.tool, "args": c.args, "reasoning": c.reasoning, "id": c.call_id, **c.metadata} for c in meant]
+    return encode({"tools": said}).decode()
 
 
 def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from looplet.boundary import Boundary
+from looplet.cli import one_line
 from looplet.errors import ConfigError, TraceError
 from looplet.evals.runner import EvalRow, Evaluator, eval_discover, eval_files, eval_run_batch
 from looplet.evals.score import DEFAULT_THRESHOLD
@@ -226,7 +227,7 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[tuple[str, Any]], list[str]]:
     problems: list[str] = []
     for path in paths:
         found, unread = _load_below(path)
-        contexts += found
+        contexts += [(label if len(paths) == 1 else _in(path, label), ctx) for label, ctx in found]
         problems += unread
         if not found and not unread:
             problems.append(f"no run found in {str(path)!r}: name a trace file, the folder of a run or a folder above")
@@ -250,6 +251,11 @@ def _load_below(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
             contexts += [(_below(part, label), ctx) for label, ctx in found]
             problems += unread
     return contexts, problems or [failure]
+
+
+def _in(path: Path, label: str) -> str:
+    """Return a label that tells which of several paths a run is in."""
+    return f"{path.parent / label}" if path.is_file() else f"{path / label}"
 
 
 def _below(part: Path, label: str) -> str:
@@ -330,12 +336,7 @@ def _mark(row: EvalRow) -> str:
 def _words(run: dict[str, Any]) -> str:
     score = [] if run["score"] is None else [f"{run['score']:.4g}"]
     words = [str(run[key]) for key in ("label", "explanation") if run[key]]
-    return _one_line("  ".join(score + words) or "no score")
-
-
-def _one_line(text: str) -> str:
-    """Return text from a run fit for a terminal: one line, no control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return one_line("  ".join(score + words) or "no score")
 
 
 def _count(number: int, noun: str) -> str:
@@ -350,7 +351,7 @@ def _echo_lines(lines: Iterable[str]) -> None:
 def _tell(problems: Sequence[str], rows: Sequence[EvalRow]) -> None:
     """Print problems, and the errors of evaluators that decide nothing, on stderr."""
     for problem in problems:
-        click.echo(_one_line(f"problem: {problem}"), err=True)
+        click.echo(one_line(f"problem: {problem}"), err=True)
     for row in rows:
         for error in () if row["required"] else row["errors"]:
-            click.echo(_one_line(f"note: {row['name']}: {error}"), err=True)
+            click.echo(one_line(f"note: {row['name']}: {error}"), err=True)

@@ -56,7 +56,7 @@ class EvalContext:
             steps,
             dict(run.task),
             final_output_of(steps, run.stop_reason),
-            run.session_log.render(),
+            run.session_log_text,
             stop_reason=run.stop_reason,
         )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from looplet.ledger import Ledger
-from looplet.messages import LoggedRequest, Message, encode
+from looplet.messages import LoggedRequest, Message, encode, sha256
 from looplet.telemetry import semconv
 from looplet.types import Reply, Step, ToolCall, ToolResult, Usage
 
@@ -104,7 +103,7 @@ def of_call_marker(call: ToolCall, step_number: int) -> Attributes:
 
 def hash_arguments(call: ToolCall) -> str:
     """Return the hash that binds a verdict or a resumed run to the arguments of a call."""
-    return hashlib.sha256(encode(call.args)).hexdigest()
+    return str(sha256(encode(call.args)).hexdigest())
 
 
 def of_result(result: ToolResult) -> Attributes:
@@ -125,6 +124,16 @@ def of_result(result: ToolResult) -> Attributes:
 def of_step(step: Step) -> Attributes:
     """Return a whole step, for steps that no `execute_tool` span tells."""
     return {semconv.STEP_NUMBER: step.number, semconv.STEP_RECORD: encode(step.to_dict()).decode()}
+
+
+def of_withheld_step(step: Step) -> Attributes:
+    """Return a step but for its result, which is told only as a request sends it."""
+    record = {"step": step.number, "tool_call": step.tool_call.to_dict()}
+    return {
+        semconv.STEP_NUMBER: step.number,
+        semconv.TOOL_WITHHELD: True,
+        semconv.STEP_RECORD: encode(record).decode(),
+    }
 
 
 def of_task(task: dict[str, Any]) -> Attributes:

@@ -44,6 +44,7 @@ class OtlpFile:
         self._fd: int | None = None
         self._gone = ""  # why there is no writing any more
         self._is_file = False
+        self._is_named = False
         self._glue = b""  # to be written before the next line
 
     def write(self, data: bytes) -> None:
@@ -54,7 +55,10 @@ class OtlpFile:
         if not data:
             return
         fd = self._open()
-        start = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        if self._is_named and not found.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file was removed while it was written to", str(self.path))
+        start = found.st_size
         rest = memoryview(self._glue + data)
         written = 0
         try:
@@ -88,7 +92,9 @@ class OtlpFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
             fd = os.open(self.path, flags, 0o666)
-            self._is_file = stat.S_ISREG(os.fstat(fd).st_mode) and not os.fspath(self.path).startswith(_STREAMS)
+            found = os.fstat(fd)
+            self._is_file = stat.S_ISREG(found.st_mode) and not os.fspath(self.path).startswith(_STREAMS)
+            self._is_named = self._is_file and found.st_nlink > 0
             if self._is_file:
                 self._glue = self._repair(fd)
             self._fd = fd

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from looplet.boundary import Boundary
+from looplet.errors import TraceError
 from looplet.hooks import SINK
 from looplet.telemetry import semconv
 from looplet.telemetry.folder import clear_folder, write_folder
@@ -59,6 +60,8 @@ class ProvenanceSink:
         self._file: OtlpFile | None = None
         self._pending: deque[Any] = deque()
         self._unwritten = b""
+        self._refused = ""
+        """why the last write failed, empty after a success"""
         self._lock = threading.RLock()
         self._writing = False
         self._runs: set[str] = set()
@@ -85,16 +88,23 @@ class ProvenanceSink:
         return self
 
     def flush(self) -> Path:
-        """Write everything, render the readable folder, return its path."""
+        """Write everything, render the readable folder, return its path.  Raises TraceError where that is refused."""
         self.durable()
-        if self.path.exists():
-            write_folder(self.path)
+        problem = self._refused
+        try:
+            if not problem and self.path.exists():
+                write_folder(self.path)
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            raise TraceError(f"not written ({problem}); make room, or give the sink another folder", path=str(self.path))
         return self.dir
 
     # --- for runs ---------------------------------------------------------------------------------------------------
 
     def attach(self, recorder: Recorder) -> None:
         """Begin to write a run; the first one into a finished folder starts the file afresh."""
+        self.durable()  # spans that ended after their run belong to its file, not to this one
         with self._lock:
             if not self._runs:
                 self._open_file(recorder.run_id)
@@ -172,6 +182,8 @@ class ProvenanceSink:
         self._file = OtlpFile(path, fsync=self._fsync)
 
     def _write_pending(self, problems: list[tuple[str, str]]) -> None:
+        if not (self._pending or self._unwritten):
+            return  # and an older trace stays where it is
         if self._file is None:
             self._open_file("export")
         assert self._file is not None
@@ -184,10 +196,11 @@ class ProvenanceSink:
             try:
                 self._file.write(self._unwritten)
             except OSError as error:
+                self._refused = str(error)
                 problems.append(("the trace could not be written", f"{self._file.path}: {error}"))
                 self._forget_excess(problems)
                 return
-            self._unwritten = b""
+            self._unwritten, self._refused = b"", ""
 
     def _forget_excess(self, problems: list[tuple[str, str]]) -> None:
         if len(self._unwritten) > MAX_UNWRITTEN:

@@ -74,8 +74,11 @@ class RunView:
 
     @property
     def agent(self) -> str:
-        """Return the agent's name."""
-        return str(self.root.attributes.get(semconv.AGENT_NAME, ""))
+        """Return the agent's name; of a killed run, the one in its manifest."""
+        told = self.root.attributes.get(semconv.AGENT_NAME)
+        if told is None and self.root.synthetic:
+            told = decode(self.manifest.get(semconv.CONFIG, "{}"), self.path).get("agent_name")
+        return str(told or "")
 
     @cached_property
     def is_ours(self) -> bool:
@@ -217,8 +220,10 @@ class RunView:
             for event in node.events:
                 if event.name == semconv.EVENT_STEP:
                     record = decode(event.attributes[semconv.STEP_RECORD], self.path)
-                    call, result = ToolCall(**record["tool_call"]), ToolResult.from_dict(record["tool_result"])
-                    yield record["step"], _Told(node.turn_number, call, result)
+                    call = ToolCall(**record["tool_call"])
+                    if semconv.TOOL_WITHHELD in event.attributes:
+                        record["tool_result"] = self._sent_step_result(call)
+                    yield record["step"], _Told(node.turn_number, call, ToolResult.from_dict(record["tool_result"]))
 
     def _of_span(self, node: SpanNode) -> tuple[int, _Told] | None:
         told = node.attributes
@@ -247,6 +252,10 @@ class RunView:
         took_ms = (node.record.end_ns - node.record.start_ns) / 1e6
         summary = summarize_args(call.args)
         return replace(result, data=data, duration_ms=took_ms, args_summary=summary, call_id=call.call_id)
+
+    def _sent_step_result(self, call: ToolCall) -> dict[str, Any]:
+        named = {"tool": call.tool, "args_summary": summarize_args(call.args), "call_id": call.call_id}
+        return {**named, **self._sent_result(call.call_id)}
 
     def _sent_result(self, call_id: str) -> dict[str, Any]:
         """Return a withheld result as the model got it, rewritten; nothing when it was never sent."""

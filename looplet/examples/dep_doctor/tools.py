@@ -69,7 +69,9 @@ class Audit:
             {"path": str(path), "kind": kind, "ecosystem": ecosystem, "bytes": self._size(path)}
             for path, (kind, ecosystem) in found
         ]
-        return {"files": files[:MAX_SHOWN], **_more(files), "files_in_project": len(self.folder.files), **self._note()}
+        python = sum(path.suffix == ".py" for path in self.folder.files)
+        counts = {"files_in_project": len(self.folder.files), "python_files": python}
+        return {"files": files[:MAX_SHOWN], **_more(files), **counts, **self._note()}
 
     def parse_file(self, path: str) -> dict[str, Any]:
         """Read one dependency file and list what it asks for and what it locks.
