@@ -95,7 +95,7 @@ def _clean(run: RunScope, decision: HookDecision) -> HookDecision:
     return replace(
         decision,
         block=text(decision.block),
-        stop=text(decision.stop),
+        stop=None if decision.stop is None else run.trace.recorder.clean(str(decision.stop)),
         additional_context=text(decision.additional_context),
         updated_args=None if decision.updated_args is None else clean.clean(dict(decision.updated_args)),
         updated_result=None if decision.updated_result is None else _clean_answer(run, decision.updated_result),

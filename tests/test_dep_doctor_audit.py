@@ -23,7 +23,7 @@ from looplet.examples.dep_doctor.advisories import Advisory, Affected, load_advi
 from looplet.examples.dep_doctor.manifests import parse
 from looplet.examples.dep_doctor.model import NPM, PYPI, Finding
 from looplet.examples.dep_doctor.online import Online
-from looplet.examples.dep_doctor.project import Project
+from looplet.examples.dep_doctor.project import Project, walk
 from looplet.examples.dep_doctor.report import WIDTH, Findings, grade
 from looplet.examples.dep_doctor.spdx import category, goes_with, identify
 from looplet.examples.dep_doctor.tools import make_tools
@@ -1050,3 +1050,13 @@ def test_osv_record_without_a_rating_counts_as_moderate() -> None:
     record = osv_record("X", "CVE-2", "")
     assert Advisory.from_osv(record).severity == "moderate"
     assert Advisory.from_osv(record).label == "CVE-2"
+
+
+def test_folders_that_the_project_excludes_are_left_out(tmp_path):
+    (tmp_path / "samples" / "broken").mkdir(parents=True)
+    (tmp_path / "samples" / "broken" / "requirements.txt").write_text("a==1\n")
+    (tmp_path / "requirements.txt").write_text("b==1\n")
+    (tmp_path / "pyproject.toml").write_text('[tool.dep-doctor]\nexclude = ["samples/broken/"]\n')
+    assert [str(path) for path in walk(Project(tmp_path)).files] == ["pyproject.toml", "requirements.txt"]
+    (tmp_path / "pyproject.toml").write_text("[tool.dep-doctor]\nexclude = 3\n")
+    assert len(walk(Project(tmp_path)).files) == 3

@@ -25,6 +25,7 @@ from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode,
 from looplet.boundary import Boundary
 from looplet.ledger import Ledger
 from looplet.telemetry import semconv
+from looplet.telemetry.redaction import redact_late
 
 logger = logging.getLogger("looplet")
 
@@ -177,6 +178,11 @@ class Recorder:
             except Exception as error:  # noqa: BLE001 - a sink must not end a run
                 count_drop("sink failed", repr(error))
 
+    def clean(self, value: Any) -> Any:
+        """Return the recordable form of what user code says about a span; the provider of the model never sees it."""
+        value = self.boundary.clean(value)
+        return value if self.late is None else self.late.clean(value)
+
     def shows(self, key: str) -> bool:
         """Tell whether the user's tracer may see this attribute."""
         return self._capture or key not in semconv.CONTENT
@@ -323,12 +329,11 @@ class RecordedSpan(Span):
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set some attributes; their values pass the run's boundary."""
-        self.put(self._recorder.boundary.clean(attributes))
+        self.put(self._recorder.clean(attributes))
 
     def add_event(self, name: str, attributes: Mapping[str, Any] | None = None, timestamp: int | None = None) -> None:
         """Add an event; its values pass the run's boundary."""
-        clean = self._recorder.boundary
-        self.happened(clean.text(str(name)), clean.clean(attributes or {}))
+        self.happened(self._recorder.clean(str(name)), self._recorder.clean(attributes or {}))
         if timestamp is not None and self.events:
             self.events[-1].timestamp = timestamp
 
@@ -336,7 +341,7 @@ class RecordedSpan(Span):
         """Link another span."""
         if self.end_time:
             return
-        self.links.append(trace.Link(context, self._recorder.boundary.clean(attributes or {})))
+        self.links.append(trace.Link(context, self._recorder.clean(attributes or {})))
         if self._inner is not None:
             self._tell("add_link", context, attributes)
 
@@ -374,28 +379,6 @@ class RecordedSpan(Span):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.end()
-
-
-def redact_late(boundary: Boundary, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return attributes whose content is redacted; JSON strings are redacted value by value, so they stay JSON."""
-    return {
-        key: (_redact_json(boundary, value) if isinstance(value, str) else boundary.clean(value))
-        if key in semconv.CONTENT and key != semconv.INPUT_MESSAGES  # the message log has seen to those
-        else value
-        for key, value in attributes.items()
-    }
-
-
-def _redact_json(boundary: Boundary, text: str) -> str:
-    import msgspec
-
-    try:
-        value = msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return boundary.text(text)
-    return (
-        msgspec.json.encode(boundary.clean(value)).decode() if isinstance(value, (dict, list)) else boundary.text(text)
-    )
 
 
 def describe(error: BaseException) -> dict[str, Any]:

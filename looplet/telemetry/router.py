@@ -11,7 +11,7 @@ import weakref
 from typing import Any
 
 from opentelemetry.context import Context, get_value
-from opentelemetry.trace import Status
+from opentelemetry.trace import Link, Status
 
 from looplet.boundary import Boundary
 from looplet.telemetry import semconv
@@ -41,7 +41,9 @@ class Router:
         recorder = self._inside.pop(context.span_id, None) if context is not None else None
         if recorder is not None:
             try:
-                copy = copy_redacted(span, recorder.late or recorder.boundary)
+                copy = copy_redacted(span, recorder.boundary)
+                if recorder.late is not None:
+                    copy = copy_redacted(copy, recorder.late)
                 copy.attributes[semconv.RUN_ID] = recorder.run_id
                 recorder.foreign(copy)
             except Exception as error:  # noqa: BLE001 - somebody else's span
@@ -77,6 +79,7 @@ def copy_redacted(span: Any, boundary: Boundary) -> Any:
     copy: Any = ForeignSpan(span)
     copy.name = boundary.text(span.name)
     copy.attributes = boundary.clean(dict(span.attributes or {}))
+    copy.links = [Link(link.context, boundary.clean(dict(link.attributes or {}))) for link in span.links or ()]
     copy.events = [_copy_event(event, boundary) for event in span.events or ()]
     if (status := span.status) is not None and status.description:
         copy.status = Status(status.status_code, boundary.text(status.description))

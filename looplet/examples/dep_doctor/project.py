@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path, PurePosixPath
@@ -72,17 +73,27 @@ def walk(project: Project) -> Folder:
     """List the files below the project folder.
 
     Folders that are symbolic links are not entered, so a loop of links ends; a file that is a link counts only when
-    it leads to a file inside the project.
+    it leads to a file inside the project.  Folders that `excluded` names are left out.
     """
     found: list[PurePosixPath] = []
+    left_out = excluded(project.path)
     waiting = [project.path]
     while waiting:
         files, folders = _entries(waiting.pop(), project.path)
         found += files
         if len(found) > project.max_files:
             return Folder(tuple(sorted(found[: project.max_files])), truncated=True)
-        waiting += reversed(folders)
+        waiting += [path for path in reversed(folders) if path.relative_to(project.path).as_posix() not in left_out]
     return Folder(tuple(sorted(found)))
+
+
+def excluded(root: Path) -> frozenset[str]:
+    """Return the folders that the project's own pyproject.toml leaves out: `[tool.dep-doctor] exclude = [...]`."""
+    try:
+        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["dep-doctor"]
+        return frozenset(str(PurePosixPath(str(name))) for name in settings["exclude"])
+    except (OSError, ValueError, KeyError, TypeError):  # a broken file is a finding, told where it is parsed
+        return frozenset()
 
 
 def _entries(folder: Path, root: Path) -> tuple[list[PurePosixPath], list[Path]]:
