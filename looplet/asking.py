@@ -9,7 +9,7 @@ from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from looplet.errors import BackendError, ErrorKind, ToolError
+from looplet.errors import BackendError, ErrorKind, ToolError, words_of
 from looplet.messages import LoggedRequest, Message, clean_part
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
@@ -104,12 +104,16 @@ def remember(run: RunScope, answer: Answer) -> None:
 def error_step(run: RunScope, answer: Answer) -> Step:
     """Return the step that stands for a failed model call or for replies that hold no tool call."""
     failed = answer.error is not None
-    words = f"LLM call failed: {type(answer.error).__name__}: {answer.error}" if failed else answer.problem
+    words = f"LLM call failed: {_described(answer.error)}" if answer.error is not None else answer.problem
     call = ToolCall("__llm_error__" if failed else "__parse_error__")
     kind = ErrorKind.EXECUTION if failed else ErrorKind.PARSE
     error = ToolError(run.boundary.text(words), kind=kind, retriable=not failed)
     usage, run.turn_usage = run.turn_usage, Usage()
     return Step(_next_step(run), call, failure(call, error), usage, run.turn_prompt)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {words_of(error)}"
 
 
 def _next_step(run: RunScope) -> int:

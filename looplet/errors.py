@@ -127,6 +127,14 @@ class TraceError(LoopletError):
         self.line = line
 
 
+def words_of(error: BaseException) -> str:
+    """Return `str(error)`, or a stand-in where the exception's own `__str__` raises."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - foreign code
+        return f"<unreadable {type(error).__name__}>"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     from difflib import get_close_matches

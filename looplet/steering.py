@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from looplet.decisions import HookDecision, interpret
-from looplet.errors import ToolError
+from looplet.errors import ToolError, words_of
 from looplet.hooks import GATES, BoundMethod
 from looplet.plan import Effects, Skipped
 from looplet.scope import RunScope
@@ -62,7 +62,7 @@ def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
     detail = result.error_detail
     if detail is not None:
         detail = ToolError(
-            clean.text(detail.message),
+            clean.text(str(detail.message)),
             kind=detail.kind,
             retriable=detail.retriable,
             context=clean.clean(detail.context),
@@ -111,7 +111,7 @@ def _clean_answer(run: RunScope, result: ToolResult) -> ToolResult:
 
 
 def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, took_s: float) -> HookDecision:
-    words = run.boundary.text(f"{type(error).__name__}: {error}")
+    words = run.boundary.text(f"{type(error).__name__}: {words_of(error)}")
     _record(phase, bound, ["error"], words, took_s, error_type=error_name(error))
     phase.put({semconv.HOOK_NAME: bound.hook, semconv.HOOK_METHOD: bound.method})
     if bound.method not in GATES:

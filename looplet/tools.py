@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
-from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
+from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean, words_of
 from looplet.schema import Parameters, declared_parameters, function_parameters
 from looplet.types import ToolCall, ToolResult, summarize_args
 
@@ -338,7 +338,7 @@ def to_tool_error(error: BaseException) -> ToolError:
     """Return what an exception in a tool means for the model: its kind, and whether to try again."""
     if isinstance(error, ToolError):
         return error
-    words = f"{type(error).__name__}: {error}"
+    words = f"{type(error).__name__}: {words_of(error)}"
     kind, retriable = _classify(error, words.lower())
     return ToolError(words, kind=kind, retriable=retriable)
 

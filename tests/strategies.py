@@ -98,6 +98,7 @@ ODD_VALUES = {
 }
 ODD_FAILURES = {
     "plain": lambda: RuntimeError("kaput"),
+    "number": lambda: ToolError(404),
     "words": lambda: ToolError("use metres", kind="validation", retriable=True, recovery_hint={"unit": "m"}),
     "unspeakable": Unspeakable,
     "exit": lambda: SystemExit(3),

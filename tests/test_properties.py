@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,20 @@ EXITS = st.just(Exit("stay", 0)) | st.builds(Exit, st.sampled_from(["stay", "bre
 @given(scripts(), EXITS)
 def test_sync_and_async_and_the_file_tell_the_same_story(script, leaving):
     both(script, leaving)
+
+
+ENDINGS = {"done", "budget_exhausted", "llm_error"}
+"""of runs that no hook and no caller steers"""
+
+
+@moderate(150)
+@given(scripts(), st.booleans())
+def test_whatever_models_and_tools_do_is_no_exception_for_the_caller(script, is_async):
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = (run_async if is_async else run_sync)(replace(script, hooks=[]), Path(folder))
+    assert outcome.raised is None
+    assert outcome.stop_reason in ENDINGS
+    assert [step.number for step in outcome.steps] == list(range(1, len(outcome.steps) + 1))
 
 
 # --- every span ends --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def manifest(run: RunScope) -> dict[str, Any]:
         semconv.TOOL_DEFINITIONS: _definitions(run),
         semconv.HOOKS: run.hooks.names,
         semconv.DONE_TOOLS: sorted(run.config.ending_tools),
-        semconv.CONFIG: encode(run.boundary.clean(_settings(run))).decode(),
+        semconv.CONFIG: encode(run.trace.recorder.clean(_settings(run))).decode(),
     }
     if run.parent is not None:
         told |= {semconv.PARENT_RUN_ID: run.parent[0], semconv.PARENT_CALL_ID: run.parent[1]}

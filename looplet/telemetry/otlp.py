@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any, Final
 
 import msgspec
+from opentelemetry.trace import SpanKind, StatusCode
 
 from looplet.telemetry.otlp_decode import EventRecord, LinkRecord, SpanRecord, decode_line
 
@@ -30,9 +31,11 @@ _MAX_KEYS: Final = 4096
 _MAX_FRAMES: Final = 64
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_SPAN: Final = b'{"traceId":"%b","spanId":"%016x"%b,"name":%b,"kind":%d,"startTimeUnixNano":"%b","endTimeUnixNano":"%b"'
+_SPAN: Final = b'{%b,"name":%b,"kind":%d,"startTimeUnixNano":"%b","endTimeUnixNano":"%b"'
 _LOCAL, _REMOTE = 256, 768  # SpanFlags: whether the parent is remote is known (256), and it is (512)
-_NO_PARENT: Final = b',"flags":%d' % _LOCAL
+_PLAIN: Final = b'"traceId":"%%b","spanId":"%%016x","parentSpanId":"%%016x","flags":%d' % _LOCAL
+
+_INTERNAL, _UNSET = SpanKind.INTERNAL, StatusCode.UNSET  # looking up a member of an enum class takes a while
 
 _json = msgspec.json.Encoder().encode
 
@@ -123,27 +126,23 @@ def _schema(owner: Any) -> bytes:
 
 def _span(span: Any) -> list[bytes]:
     """Return the span as fragments; the last is `},`."""
-    context, parent = span.context, span.parent
+    plain = getattr(span, "plain_ids", None)
     out = [
         _SPAN
         % (
-            _trace_id(context.trace_id),
-            context.span_id,
-            _NO_PARENT if parent is None else _parent(parent.span_id, parent.is_remote),
-            _text(span.name),
-            span.kind.value + 1,
+            _ids(span.context, span.parent) if plain is None else _PLAIN % (_trace_id(plain[0]), plain[1], plain[2]),
+            _name(span.name),
+            1 if span.kind is _INTERNAL else span.kind.value + 1,
             _json(span.start_time or 0),
             _json(span.end_time or 0),
         )
     ]
-    if context.trace_state:
-        out.append(_field(b"traceState", context.trace_state.to_header()))
     _add_attributes(span.attributes, out)
     if span.events:
         _add_all(_add_event, span.events, b',"events":[', out)
     if span.links:
         _add_all(_add_link, span.links, b',"links":[', out)
-    if span.status is not None and span.status.status_code.value:
+    if span.status is not None and span.status.status_code is not _UNSET:
         out.append(_status(span.status))
     dropped = (
         getattr(span, "dropped_attributes", 0),
@@ -161,9 +160,18 @@ def _trace_id(trace_id: int) -> bytes:
     return b"%032x" % trace_id
 
 
-@lru_cache(maxsize=256)
-def _parent(span_id: int, is_remote: bool) -> bytes:
-    return b',"parentSpanId":"%016x","flags":%d' % (span_id, _REMOTE if is_remote else _LOCAL)
+@lru_cache(maxsize=_MAX_KEYS)
+def _name(name: Any) -> bytes:
+    return _text(name)
+
+
+def _ids(context: Any, parent: Any) -> bytes:
+    above = b"" if parent is None else b',"parentSpanId":"%016x"' % parent.span_id
+    flags = _REMOTE if parent is not None and parent.is_remote else _LOCAL
+    state = _field(b"traceState", context.trace_state.to_header()) if context.trace_state else b""
+    return b'"traceId":"%b","spanId":"%016x"%b,"flags":%d%b' % (
+        _trace_id(context.trace_id), context.span_id, above, flags, state
+    )  # fmt: skip
 
 
 def _field(key: bytes, text: Any) -> bytes:

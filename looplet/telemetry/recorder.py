@@ -23,6 +23,7 @@ from opentelemetry.context import Context, set_value
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
 
 from looplet.boundary import Boundary
+from looplet.errors import words_of
 from looplet.ledger import Ledger
 from looplet.telemetry import semconv
 from looplet.telemetry.redaction import redact_late
@@ -122,14 +123,15 @@ class Recorder:
         self.open: dict[int, RecordedSpan] = {}
         self.common: dict[str, Any] = {semconv.RUN_ID: run_id}
         """attributes that every span of the run carries"""
+        self.recording = bool(self.sinks) or tracer is not None
+        """whether anybody gets the spans"""
+        self.root_context = trace.INVALID_SPAN_CONTEXT
+        """trace id, flags and state of the run's first span, which the others share"""
+        self.plain_trace_id: int | None = None
+        """the trace id, where there is no trace state"""
         self._capture = capture_content
         self._base = set_value(RUN_KEY, self, context)
         self._clock = time_ns() - perf_counter_ns()
-
-    @property
-    def recording(self) -> bool:
-        """Tell whether anybody gets the spans."""
-        return bool(self.sinks) or self.tracer is not None
 
     def now(self) -> int:
         """Return nanoseconds since the epoch; never goes backwards within a run."""
@@ -144,21 +146,27 @@ class Recorder:
         links: Sequence[trace.Link] = (),
     ) -> RecordedSpan:
         """Start a span under `parent`, or under the context that the run was called in."""
-        context = self._base if parent is None else parent.as_context()
-        above = trace.get_current_span(context).get_span_context() if parent is None else parent.context
         if attributes and self.late is not None:
             attributes = redact_late(self.late, attributes)
-        merged = {**self.common, **attributes} if attributes else dict(self.common)
+        merged = {**self.common, **attributes} if attributes else self.common.copy()
         started = self.now()
-        inner = self._start_inner(name, context, kind, merged, links, started) if self.tracer is not None else None
-        own = inner.get_span_context() if inner is not None else None
-        if own is None or not own.is_valid or own.span_id == above.span_id:
-            inner, own = None, _new_context(above)
-        span = RecordedSpan(name, own, above if above.is_valid else None, kind, merged, started, inner, self)
+        inner = self._start_inner(name, parent, kind, merged, links, started) if self.tracer is not None else None
+        span = RecordedSpan(name, kind, merged, started, inner, self)
+        if parent is None or inner is not None:
+            self._place(span, parent, inner)
+        else:
+            span.span_id, span.parent_id = _random.getrandbits(64) or 1, parent.span_id
         if links:
             span.links = list(links)
-        self.open[own.span_id] = span
+        self.open[span.span_id] = span
         return span
+
+    def _place(self, span: RecordedSpan, parent: RecordedSpan | None, inner: Span | None) -> None:
+        above = trace.get_current_span(self._base).get_span_context() if parent is None else parent.context
+        own = _new_context(above) if inner is None else inner.get_span_context()
+        span.place(own, above if above.is_valid else None)
+        if parent is None:
+            self.root_context, self.plain_trace_id = own, None if own.trace_state else own.trace_id
 
     def ended(self, span: RecordedSpan) -> None:
         """Hand an ended span to the sinks."""
@@ -187,6 +195,11 @@ class Recorder:
         """Tell whether the user's tracer may see this attribute."""
         return self._capture or key not in semconv.CONTENT
 
+    def below_root(self, span_id: int) -> SpanContext:
+        """Return the context of a span of the run, given its id."""
+        root = self.root_context
+        return SpanContext(root.trace_id, span_id, False, root.trace_flags, root.trace_state)
+
     def context_of(self, span: RecordedSpan) -> Context:
         """Return the OpenTelemetry context in which `span` is the current one."""
         return set_span_in_context(span, self._base)
@@ -194,19 +207,23 @@ class Recorder:
     def _start_inner(
         self,
         name: str,
-        context: Context,
+        parent: RecordedSpan | None,
         kind: SpanKind,
         attributes: Mapping[str, Any],
         links: Sequence[trace.Link],
         started: int,
     ) -> Span | None:
+        """Return a span of the user's tracer, None when that makes none with an id of its own."""
         assert self.tracer is not None
+        context = self._base if parent is None else parent.as_context()
         shown = {key: value for key, value in attributes.items() if self.shows(key)}
         try:
-            return self.tracer.start_span(name, context, kind, shown, links or None, started)
+            inner = self.tracer.start_span(name, context, kind, shown, links or None, started)
+            own, above = inner.get_span_context(), trace.get_current_span(context).get_span_context()
         except Exception as error:  # noqa: BLE001 - the user's tracer, sampler and processors
             count_drop("the tracer provider failed", repr(error))
             return None
+        return inner if own.is_valid and own.span_id != above.span_id else None
 
 
 def _new_context(parent: SpanContext) -> SpanContext:
@@ -223,8 +240,8 @@ class RecordedSpan(Span):
     """
 
     __slots__ = (
-        "_as_context", "_inner", "_lost", "_recorder", "attributes", "context", "end_time", "events", "kind", "links",
-        "name", "parent", "start_time", "status",
+        "_as_context", "_context", "_inner", "_parent", "_recorder", "attributes", "end_time", "events", "kind",
+        "links", "name", "parent_id", "span_id", "start_time", "status",
     )  # fmt: skip
 
     dropped_attributes = 0
@@ -234,8 +251,6 @@ class RecordedSpan(Span):
     def __init__(
         self,
         name: str,
-        context: SpanContext,
-        parent: SpanContext | None,
         kind: SpanKind,
         attributes: dict[str, Any],
         start_time: int,
@@ -243,8 +258,9 @@ class RecordedSpan(Span):
         recorder: Recorder,
     ) -> None:
         self.name = name
-        self.context = context
-        self.parent = parent
+        self.span_id = 0
+        self.parent_id = 0
+        """0 without a parent"""
         self.kind = kind
         self.attributes = attributes
         self.start_time = start_time
@@ -255,6 +271,8 @@ class RecordedSpan(Span):
         self._inner = inner
         self._recorder = recorder
         self._as_context: Context | None = None
+        self._context: SpanContext | None = None
+        self._parent: SpanContext | None = None
 
     # --- for the run ------------------------------------------------------------------------------------------------
 
@@ -267,6 +285,31 @@ class RecordedSpan(Span):
     def instrumentation_scope(self) -> Scope:
         """Return who made the span."""
         return self._recorder.scope
+
+    @property
+    def context(self) -> SpanContext:
+        """Return the ids of the span; an object is made only for those who ask."""
+        if self._context is None:
+            self._context = self._recorder.below_root(self.span_id)
+        return self._context
+
+    @property
+    def parent(self) -> SpanContext | None:
+        """Return the ids of the parent, None without one."""
+        if self._parent is None and self.parent_id:
+            self._parent = self._recorder.below_root(self.parent_id)
+        return self._parent
+
+    @property
+    def plain_ids(self) -> tuple[int, int, int] | None:
+        """Return the ids of trace, span and parent; None when there is more to say about them."""
+        trace_id = self._recorder.plain_trace_id
+        return None if trace_id is None or self._context is not None else (trace_id, self.span_id, self.parent_id)
+
+    def place(self, context: SpanContext, parent: SpanContext | None) -> None:
+        """Give the span ids that are not just a new one below its parent's."""
+        self._context, self._parent = context, parent
+        self.span_id, self.parent_id = context.span_id, parent.span_id if parent is not None else 0
 
     def as_context(self) -> Context:
         """Return the OpenTelemetry context in which this span is the current one."""
@@ -367,7 +410,7 @@ class RecordedSpan(Span):
 
     def end(self, end_time: int | None = None) -> None:
         """End the span; the first time counts."""
-        if self._recorder.open.pop(self.context.span_id, None) is None:  # atomic: two threads may end a stuck call
+        if self._recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
             return
         self.end_time = max(end_time or self._recorder.now(), self.start_time)
         if self._inner is not None:
@@ -383,7 +426,7 @@ class RecordedSpan(Span):
 
 def describe(error: BaseException) -> dict[str, Any]:
     """Return the attributes of an exception event."""
-    return {semconv.EXCEPTION_TYPE: error_name(error), semconv.EXCEPTION_MESSAGE: str(error)}
+    return {semconv.EXCEPTION_TYPE: error_name(error), semconv.EXCEPTION_MESSAGE: words_of(error)}
 
 
 def error_name(error: BaseException) -> str:

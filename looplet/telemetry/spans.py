@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind
 
+from looplet.errors import words_of
 from looplet.plan import INLINE, Call, Closing, Effects
 from looplet.telemetry import semconv
 from looplet.telemetry.recorder import RecordedSpan, Recorder, count_drop, describe, error_name
@@ -214,7 +215,7 @@ class Phase:
     def fail_with(self, error: BaseException, error_type: str | None = None) -> None:
         """Mark the phase as failed by an exception."""
         clean = self._trace.recorder.boundary.text
-        message = "" if self._trace.withhold_results else clean(str(error))
+        message = "" if self._trace.withhold_results else clean(words_of(error))
         self.fail(error_type or error_name(error), message)
         if self._span is not None:
             self._span.happened(semconv.EVENT_EXCEPTION, {**describe(error), semconv.EXCEPTION_MESSAGE: message})
