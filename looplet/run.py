@@ -17,18 +17,17 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from looplet.config import LoopConfig
-from looplet.ending import own_notes
 from looplet.errors import ConfigError
 from looplet.executors import AsyncExecutor, LastExecutor, SyncExecutor
-from looplet.loop import agent_plan
-from looplet.messages import Conversation
 from looplet.plan import Call, Closing, Gather
-from looplet.scope import RunResult, RunScope
-from looplet.setup import make_scope
-from looplet.types import Step
+
+if TYPE_CHECKING:  # the loop itself is loaded by the first run, so that importing looplet stays cheap
+    from looplet.config import LoopConfig
+    from looplet.messages import Conversation
+    from looplet.scope import RunResult, RunScope
+    from looplet.types import Step
 
 ExecutorT = TypeVar("ExecutorT", SyncExecutor, AsyncExecutor)
 
@@ -39,6 +38,8 @@ class _Run(Generic[ExecutorT]):
     """What sync and async runs share: the plan, and every way of leaving it."""
 
     def __init__(self, scope: RunScope, executor: ExecutorT) -> None:
+        from looplet.loop import agent_plan
+
         self._scope = scope
         self._plan: Any = agent_plan(scope)  # a generator object: `gi_frame` and `gi_running` are asked for
         self._executor: ExecutorT = executor
@@ -83,6 +84,8 @@ class _Run(Generic[ExecutorT]):
     @property
     def session_log_text(self) -> str:
         """Return the run's notes as the trace tells them."""
+        from looplet.ending import own_notes
+
         notes = own_notes(self._scope)
         return self._scope.session_log.render() if notes is None else notes
 
@@ -143,7 +146,7 @@ class _Run(Generic[ExecutorT]):
         self._leave_now("closed_by_caller")
 
 
-class Run(_Run[SyncExecutor], Iterator[Step]):
+class Run(_Run[SyncExecutor], Iterator["Step"]):
     """One run under `for`.  Also a context manager, which can tell an exception in its body from a `break`."""
 
     def __iter__(self) -> Self:
@@ -204,7 +207,7 @@ class Run(_Run[SyncExecutor], Iterator[Step]):
                 value, resume = error, self._plan.throw
 
 
-class AsyncRun(_Run[AsyncExecutor], AsyncIterator[Step]):
+class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
     """One run under `async for`.  Also an async context manager."""
 
     def __aiter__(self) -> Self:
@@ -300,6 +303,8 @@ def composable_loop(
 
     Raises ConfigError here, not at the first step, for arguments that cannot work.
     """
+    from looplet.setup import make_scope
+
     settings: dict[str, Any] = dict(  # noqa: C408 - reads as the call it becomes
         context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
         conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
@@ -327,6 +332,8 @@ def async_composable_loop(
 
     Backends, tools and hooks may be `async def`; sync tools and backends run on looplet's own threads.
     """
+    from looplet.setup import make_scope
+
     settings: dict[str, Any] = dict(  # noqa: C408 - reads as the call it becomes
         context=context, hooks=hooks, config=config, state=state, session_log=session_log, stream=stream,
         conversation=conversation, max_steps=max_steps, system_prompt=system_prompt, tracer_provider=tracer_provider,
