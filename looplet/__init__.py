@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from looplet._version import __version__
 
 if TYPE_CHECKING:  # `as` makes them public for type checkers, too
+    from looplet.backends.anthropic import AnthropicBackend as AnthropicBackend
+    from looplet.backends.anthropic import AsyncAnthropicBackend as AsyncAnthropicBackend
+    from looplet.backends.messages_api import CachePolicy as CachePolicy
     from looplet.backends.openai import AsyncOpenAIBackend as AsyncOpenAIBackend
     from looplet.backends.openai import OpenAIBackend as OpenAIBackend
     from looplet.config import LoopConfig as LoopConfig
@@ -40,6 +43,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.hooks import PostDispatch as PostDispatch
     from looplet.hooks import PreDispatch as PreDispatch
     from looplet.hooks import PrePrompt as PrePrompt
+    from looplet.mcp import MCPToolAdapter as MCPToolAdapter
     from looplet.messages import Conversation as Conversation
     from looplet.messages import Message as Message
     from looplet.prompt import Prompt as Prompt
@@ -70,6 +74,8 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
 
 # module → the public names it provides
 _HOMES = {
+    "backends.anthropic": ("AnthropicBackend", "AsyncAnthropicBackend"),
+    "backends.messages_api": ("CachePolicy",),
     "backends.openai": ("AsyncOpenAIBackend", "OpenAIBackend"),
     "config": ("LoopConfig",),
     "decisions": ("Allow", "Block", "Continue", "Deny", "HookDecision", "InjectContext", "Stop"),
@@ -80,6 +86,7 @@ _HOMES = {
     "evals.runner": ("eval_discover", "eval_run", "eval_run_batch"),
     "evals.score": ("EvalResult", "eval_mark"),
     "hooks": ("CheckDone", "PostDispatch", "PreDispatch", "PrePrompt"),
+    "mcp": ("MCPToolAdapter",),
     "messages": ("Conversation", "Message"),
     "prompt": ("Prompt",),
     "run": ("AsyncRun", "Run", "async_composable_loop", "composable_loop"),

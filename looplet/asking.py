@@ -37,27 +37,23 @@ class Answer:
 def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     """Return the messages to send, after every hook had its say."""
     with turn.phase(semconv.PRE_PROMPT) as phase:
-        told, run.briefing = run.briefing, []
-        messages = run.conversation.view(run.head, _briefing(told))
-        if run.asks_rewriters and not run.model_calls:
-            run.task_position = next((at for at, m in enumerate(messages) if m is run.task_message), None)
-        rewritten = False
+        rewritten: Sequence[Message] | None = None
         for bound in run.hooks.of("pre_prompt"):
             if run.context is not None:
                 yield from consult(run, phase, bound, run.state, run.session_log, run.context, _next_step(run))
                 continue
-            prompt = Prompt.of(messages)
+            prompt = Prompt.of(_request(run, rewritten))
             taken: list[Sequence[Message]] = []
             ask = partial(bound.function, run.state, run.session_log, prompt, _next_step(run))
             yield from consult_raw(run, phase, bound, ask, partial(_take, run, prompt, taken))
             if taken:
-                messages, rewritten = taken[0], True
-        added, run.briefing = run.briefing, []
-        if rewritten:
+                _place_task(run, prompt)
+                rewritten, run.briefing = taken[0], []
+        if rewritten is not None:
             run.rewrites = run.trace.withhold_results = True
             phase.put({semconv.REQUEST_REWRITTEN: True})
-            return [*messages, *_briefing(added)]
-        return run.conversation.view(run.head, _briefing([*told, *added]))
+        messages, run.briefing = _request(run, rewritten), []
+        return messages
 
 
 def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Answer]:
@@ -83,8 +79,7 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
             _count(run, reply.usage)
             phase.note(reply=answer.reply, usage=reply.usage)
             if phase.recording:
-                said = replace(reply, tool_calls=answer.reply.tool_calls) if reply.tool_calls else reply
-                phase.put(attributes.of_reply(said))
+                phase.put(attributes.of_reply(answer.reply if reply.tool_calls else reply))
     run.trace.durable()
     return answer
 
@@ -103,21 +98,30 @@ def remember(run: RunScope, answer: Answer) -> None:
 
 def error_step(run: RunScope, answer: Answer) -> Step:
     """Return the step that stands for a failed model call or for replies that hold no tool call."""
-    failed = answer.error is not None
-    words = f"LLM call failed: {_described(answer.error)}" if answer.error is not None else answer.problem
-    call = ToolCall("__llm_error__" if failed else "__parse_error__")
-    kind = ErrorKind.EXECUTION if failed else ErrorKind.PARSE
-    error = ToolError(run.boundary.text(words), kind=kind, retriable=not failed)
+    if answer.error is not None:
+        words = run.boundary.text(f"LLM call failed: {type(answer.error).__name__}: {words_of(answer.error)}")
+        call, error = ToolCall("__llm_error__"), ToolError(words, kind=ErrorKind.EXECUTION)
+    else:
+        call, error = ToolCall("__parse_error__"), ToolError(answer.problem, kind=ErrorKind.PARSE, retriable=True)
     usage, run.turn_usage = run.turn_usage, Usage()
     return Step(_next_step(run), call, failure(call, error), usage, run.turn_prompt)
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {words_of(error)}"
-
-
 def _next_step(run: RunScope) -> int:
     return len(run.state.steps) + 1
+
+
+def _request(run: RunScope, rewritten: Sequence[Message] | None) -> Sequence[Message]:
+    """Return the messages about to be sent, what hooks added so far included."""
+    if rewritten is None:
+        return run.conversation.view(run.head, _briefing(run.briefing))
+    return [*rewritten, *_briefing(run.briefing)]
+
+
+def _place_task(run: RunScope, prompt: Prompt) -> None:
+    """Note where in the run's first request the task is, before a hook has rewritten it."""
+    if not run.model_calls and run.task_position is None:
+        run.task_position = next((at for at, m in enumerate(prompt.messages) if m is run.task_message), None)
 
 
 def _briefing(texts: Sequence[str]) -> tuple[Message, ...]:
@@ -196,13 +200,18 @@ def _read(run: RunScope, phase: Phase, reply: Reply) -> Answer:
         except ParseFailure as error:
             run.parse_failures += 1
             phase.event(semconv.EVENT_PARSE_FAILURE, {semconv.PARSE_ATTEMPT: run.parse_failures})
-            return Answer(reply, problem=run.boundary.text(str(error)))
+            return Answer(reply, problem=str(error))
     run.parse_failures = 0
-    first = _next_step(run)
-    named = tuple(replace(c, call_id=run.unique_call_id(c.call_id, first + i)) for i, c in enumerate(calls))
-    return Answer(
-        replace(reply, tool_calls=named, text="" if run.model.native and not reply.tool_calls else reply.text)
-    )
+    named = tuple(_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run)))
+    if reply.tool_calls:
+        return Answer(reply if named == reply.tool_calls else replace(reply, tool_calls=named))
+    return Answer(replace(reply, tool_calls=named, text="" if run.model.native else reply.text))
+
+
+def _with_own_id(run: RunScope, call: ToolCall, number: int) -> ToolCall:
+    late = run.trace.recorder.late
+    call_id = run.unique_call_id(call.call_id if late is None else late.text(call.call_id), number)
+    return call if call_id == call.call_id else replace(call, call_id=call_id)
 
 
 def _count(run: RunScope, usage: Usage | None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final, TypeAlias
 
@@ -21,7 +22,12 @@ Redact: TypeAlias = Callable[[str], str]
 
 MAX_DEPTH: Final = 100
 INT64: Final = 1 << 63
+MAX_ESCAPING: Final = 3
+"""how deep JSON in JSON is looked into for what is to be redacted"""
 WITHHELD: Final = "[withheld: the redactor failed]"
+
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([nrtbf\"'/\\]))")
+_ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 
 logger = logging.getLogger("looplet")
 
@@ -29,10 +35,11 @@ logger = logging.getLogger("looplet")
 class Boundary:
     """Cleans the values of one run.  Each redactor maps a string to the string that may be seen."""
 
-    __slots__ = ("redactors",)
+    __slots__ = ("_complained", "redactors")
 
     def __init__(self, *redactors: Redact | None) -> None:
         self.redactors = tuple(redact for redact in redactors if redact is not None)
+        self._complained = False
 
     def clean(self, value: Any) -> Any:
         """Return the recordable, redacted form of any value.  Never raises."""
@@ -44,10 +51,34 @@ class Boundary:
 
     def text(self, value: str) -> str:
         """Return the recordable, redacted form of a string.  A redactor that fails withholds the whole string."""
+        if not self.redactors:
+            return str(value) if value.isascii() else encodable(value)
         value = encodable(value)
-        for redact in self.redactors:
-            value = _redacted(redact, value)
+        hidden, value = value, self._apply(value)
+        shown = value
+        for _ in range(MAX_ESCAPING):
+            if "\\" not in hidden:
+                break
+            hidden, shown = _unescape(hidden), _unescape(shown)
+            if (redacted := self._apply(hidden)) != shown:  # JSON or a repr inside the text hid it: `bob\u0040x.org`
+                value = shown = redacted
         return value
+
+    def _apply(self, text: str) -> str:
+        for redact in self.redactors:
+            try:
+                redacted = redact(text)
+            except Exception as error:  # noqa: BLE001 - the caller's redactor; it must neither leak nor end the run
+                text = self._withhold(type(error).__name__)
+                continue
+            text = encodable(redacted) if isinstance(redacted, str) else self._withhold(type(redacted).__name__)
+        return text
+
+    def _withhold(self, problem: str) -> str:
+        if not self._complained:
+            self._complained = True
+            logger.error("looplet: a redactor failed or gave no str (%s); what it was given is withheld", problem)
+        return WITHHELD
 
     def _clean(self, value: Any, path: tuple[int, ...]) -> Any:
         kind = type(value)
@@ -80,7 +111,7 @@ class Boundary:
         return form if redacted == text else redacted
 
     def _container(self, value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, Mapping):
+        if type(value) is dict or isinstance(value, Mapping):
             return self._mapping(value, path)
         if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
             return [self._clean(item, path) for item in value]
@@ -96,16 +127,10 @@ class Boundary:
         return out
 
 
-def _redacted(redact: Redact, value: str) -> str:
-    try:
-        redacted = redact(value)
-        if isinstance(redacted, str):
-            return encodable(redacted)
-        problem = f"it returned {type(redacted).__name__}, not str"
-    except Exception as error:  # noqa: BLE001 - the caller's redactor; a failure must neither leak nor end the run
-        problem = type(error).__name__
-    logger.error("looplet: the redactor failed (%s); the text was withheld", problem)
-    return WITHHELD
+def _unescape(text: str) -> str:
+    """Decode the escapes of JSON and Python."""
+    plain = _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)) if m[1] or m[2] else _ESCAPED.get(m[3], m[3]), text)
+    return plain.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins surrogate pairs
 
 
 def encodable(text: str) -> str:

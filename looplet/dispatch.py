@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from looplet.errors import ErrorKind, ToolError
@@ -14,7 +15,7 @@ from looplet.steering import clean_result, consult
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import ToolContext, ToolSpec, failure, success, to_tool_error
-from looplet.types import NO_USAGE, Step, ToolCall, ToolResult, summarize_args
+from looplet.types import NO_USAGE, Step, ToolCall, ToolResult
 
 
 @dataclass(slots=True)
@@ -121,9 +122,7 @@ def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str) -> Effec
             phase.put({semconv.TOOL_ABANDONED: True})
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
             result = failure(call, to_tool_error(error), warnings=ctx.warnings)
-        result = clean_result(run, replace(result, duration_ms=phase.stop_clock()))
-        result = replace(result, tool=call.tool, args_summary=summarize_args(call.args), call_id=call.call_id)
-        item.result = item.recorded = result
+        item.result = item.recorded = result = clean_result(run, result, duration_ms=phase.stop_clock())
         _record_result(run, phase, call, result)
     run.trace.durable()
 
@@ -211,12 +210,13 @@ def _reject(item: Pending, reason: str) -> None:
 def _validate(run: RunScope, item: Pending) -> None:
     try:
         spec = run.tools.find(item.call.tool)
-        item.call = replace(item.call, args=spec.rename(item.call.args))
+        if spec.aliases:
+            item.call = replace(item.call, args=spec.rename(item.call.args))
         item.arguments = spec.arguments(item.call.args)
         run.tools.needed(spec)
         item.spec = spec
     except ToolError as error:
-        item.result = clean_result(run, failure(item.call, error))
+        item.result = failure(item.call, error)  # in our words, about arguments that are clean
 
 
 def _marker(run: RunScope, item: Pending) -> dict[str, Any] | None:
@@ -224,17 +224,20 @@ def _marker(run: RunScope, item: Pending) -> dict[str, Any] | None:
 
 
 def _tool_context(run: RunScope, phase: Phase, spec: ToolSpec) -> ToolContext:
-    clean = run.boundary.clean
     return ToolContext(
         session_id=run.trace.recorder.run_id,
         metadata={**run.config.tool_metadata, **getattr(run.state, "metadata", {})},
         llm=run.model.llm,
-        on_progress=lambda stage, data: phase.event(
-            semconv.EVENT_PROGRESS, {semconv.PROGRESS_STAGE: clean(str(stage)), semconv.PROGRESS_DATA: clean(data)}
-        ),
+        on_progress=partial(_record_progress, run, phase),
         request_approval=run.config.approval_handler,
         resources=run.tools.needed(spec),
     )
+
+
+def _record_progress(run: RunScope, phase: Phase, stage: str, data: Any) -> None:
+    clean = run.boundary.clean
+    told = {semconv.PROGRESS_STAGE: clean(str(stage)), semconv.PROGRESS_DATA: clean(data)}
+    phase.event(semconv.EVENT_PROGRESS, {} if run.trace.withhold_results else told)
 
 
 def _record_result(run: RunScope, phase: Phase, call: ToolCall, result: ToolResult) -> None:

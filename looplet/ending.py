@@ -8,10 +8,11 @@ from functools import partial
 from typing import Final
 
 from looplet.decisions import interpret
+from looplet.executors import LastExecutor
 from looplet.hooks import BoundMethod
-from looplet.plan import Effects, Skipped
+from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
-from looplet.state import SessionLog
+from looplet.state import SessionLog, entry_of
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import error_name
 from looplet.telemetry.spans import NORMAL_ENDINGS, Phase
@@ -23,26 +24,42 @@ FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_bo
 @contextmanager
 def record_ending(run: RunScope) -> Iterator[Phase]:
     """Open the run's span; whatever happens inside, end every span of the run with a reason and write them."""
-    trace = run.trace
-    for sink in trace.recorder.sinks:
-        sink.attach(trace.recorder)
+    trace, recorder = run.trace, run.trace.recorder
     try:
+        for sink in recorder.sinks:
+            sink.attach(recorder)
         with trace.run(_identity(run)) as root:
             try:
                 yield root
+            except BaseException as error:  # the end phase was left before its end
+                run.ending = "error" if isinstance(error, Exception) else "cancelled"
+                raise
             finally:
                 trace.leave_turns()
                 ending = run.ending = run.ending or "error"
                 trace.sweep(ending if ending in NORMAL_ENDINGS | FAILURES else "error")
                 _record_totals(run, root, ending)
     finally:
-        trace.durable()
-        for sink in trace.recorder.sinks:
-            sink.detach(trace.recorder)
+        recorder.close()
+        try:
+            trace.durable()
+        finally:
+            for sink in recorder.sinks:
+                sink.detach(recorder)
 
 
 def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:
     """Ask every `on_loop_end` hook; return what is to be raised: `failure`, else what the first of them raised."""
+    if not isinstance(failure, GeneratorExit):
+        return (yield from _end(run, root, failure))
+    # The garbage collector finalises the plan before its run: no effect can be asked for any more.
+    run.ending = "closed_by_caller"
+    finish(_end(run, root, None), LastExecutor(at_home=False).perform)
+    finish(run.trace.settle(root), LastExecutor(at_home=True).perform)
+    return failure
+
+
+def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:
     run.trace.leave_turns()
     with root.phase(semconv.END) as phase:
         for bound in run.hooks.of("on_loop_end"):
@@ -68,7 +85,7 @@ def _say_goodbye(run: RunScope, phase: Phase, bound: BoundMethod) -> Effects[Exc
     try:
         value = yield from phase.call(thunk)
         interpret(value, bound.hook, bound.method)
-    except Skipped:
+    except (Skipped, Closing):
         phase.event(semconv.EVENT_HOOK_SKIPPED, name)
     except Exception as error:  # noqa: BLE001 - a hook; every other one still gets its turn
         phase.event(semconv.EVENT_HOOK, {**name, semconv.ERROR_TYPE: error_name(error)})
@@ -102,10 +119,7 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
 
 def own_notes(run: RunScope) -> str | None:
     """Return the session log's text where somebody else wrote into it too: the steps alone do not tell it then."""
-    retold = SessionLog(title=run.session_log.title, highlights_label=run.session_log.highlights_label)
-    for step in run.state.steps:
-        if not step.tool_call.tool.startswith("__"):
-            retold.record_step(step)
-    if retold.entries == run.session_log.entries and retold.title == SessionLog().title:
+    told = [entry_of(step) for step in run.state.steps if not step.tool_call.tool.startswith("__")]
+    if told == run.session_log.entries and run.session_log.title == SessionLog().title:
         return None
     return run.boundary.text(run.session_log.render())

@@ -2,6 +2,7 @@
 
 LoopletError
 ├── ConfigError         the caller's mistake; says what to write instead
+│   └── MissingExtra    a package that an optional part of looplet needs; also an ImportError
 ├── BackendError        the provider failed            .status  .retryable  .retry_after_s
 │   └── ContextOverflow the request is longer than the model's window
 ├── ToolError           raised by a tool author to talk to the model   .kind  .retriable
@@ -21,6 +22,15 @@ class LoopletError(Exception):
 
 class ConfigError(LoopletError, TypeError, ValueError):
     """The caller's mistake; the message says what to write instead."""
+
+
+class MissingExtra(ConfigError, ImportError):
+    """A package that an optional part of looplet needs is not installed."""
+
+    @classmethod
+    def of(cls, package: str, extra: str) -> MissingExtra:
+        """Return the error that says how to install the extra."""
+        return cls(f'the {package} package is missing: pip install "looplet[{extra}]"')
 
 
 class BackendError(LoopletError):

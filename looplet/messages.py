@@ -20,6 +20,7 @@ from typing import Any, Final, TypeAlias, overload
 from looplet.types import Reply, ToolCall
 
 Part: TypeAlias = dict[str, Any]
+SEALS: Final = ("signature", "encrypted")
 MAX_RANGES: Final = 8
 """longer reference lists are written relative to the request before"""
 
@@ -30,6 +31,7 @@ class Message:
 
     `{"type": "text", "content"}`, `{"type": "reasoning", "content"}`,
     `{"type": "tool_call", "id", "name", "arguments"}`, `{"type": "tool_call_response", "id", "response"}`.
+    A reasoning part may carry `signature` or `encrypted`: the provider's seal, by which it knows its own words again.
     Treat the parts as immutable.
     """
 
@@ -44,13 +46,14 @@ class Message:
     @classmethod
     def of_reply(cls, reply: Reply) -> Message:
         """Return what the model said, as the assistant message of the next requests."""
-        parts: list[Part] = []
-        if reply.reasoning:
-            parts.append({"type": "reasoning", "content": reply.reasoning})
-        if reply.text:
-            parts.append({"type": "text", "content": reply.text})
-        parts += [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in reply.tool_calls]
-        return cls("assistant", tuple(parts))
+        text = iter([{"type": "text", "content": reply.text}] if reply.text else ())
+        calls = iter(
+            [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in reply.tool_calls]
+        )
+        said: dict[str, Iterator[Part]] = {"text": text, "tool_call": calls}
+        reasoning = ({"type": "reasoning", "content": reply.reasoning},) if reply.reasoning else ()
+        placed = [next(said[p["type"]], None) if p["type"] in said else p for p in reply.parts or reasoning]
+        return cls("assistant", (*(part for part in placed if part is not None), *text, *calls))
 
     @classmethod
     def of_result(cls, call_id: str, response: Any) -> Message:
@@ -86,7 +89,18 @@ def clean_message(message: Message, clean: Callable[[Any], Any]) -> Message:
 
 def clean_part(part: Part, clean: Callable[[Any], Any]) -> Part:
     """Return a part with everything in it cleaned but its type and id."""
-    return {name: value if name in ("type", "id") else clean(value) for name, value in part.items()}
+    cleaned = {name: value if name in ("type", "id") else clean(value) for name, value in part.items()}
+    return cleaned if part.get("type") != "reasoning" or cleaned == part else unsealed(cleaned)
+
+
+def unsealed(part: Part) -> Part:
+    """Return a reasoning part without its seal: it no longer holds the provider's own words."""
+    return {name: value for name, value in part.items() if name not in SEALS}
+
+
+def tells_failure(response: Any) -> bool:
+    """Tell whether what the model reads about a call (`tool_call_response`) says that the call failed."""
+    return isinstance(response, dict) and "error" in response and "kind" in response
 
 
 class Conversation:
@@ -186,12 +200,12 @@ class MessageView(Sequence[Message]):
                 return MessageView(self._head[low:], self._body, self._length, self._tail)
             return [self[i] for i in range(low, high, stride)]
         at = index if index >= 0 else index + len(self)
+        inside = at - len(self._head)
+        if 0 <= inside < self._length:
+            return self._body[inside]
         if not 0 <= at < len(self):
             raise IndexError("message index out of range")
-        if at < len(self._head):
-            return self._head[at]
-        at -= len(self._head)
-        return self._body[at] if at < self._length else self._tail[at - self._length]
+        return self._head[at] if inside < 0 else self._tail[inside - self._length]
 
 
 @dataclass(frozen=True, slots=True)

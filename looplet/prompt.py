@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from looplet.errors import ConfigError
-from looplet.messages import Message, Part, encode
+from looplet.messages import Message, Part, encode, unsealed
 
 RULE: Final = "═══"
 TEXT_REPLY: Final = (
@@ -101,14 +101,20 @@ def text_protocol(catalog: str) -> Message:
 
 
 def _blocks(messages: Iterable[Message], first: int = 0) -> list[tuple[str, str]]:
-    blocks = []
-    for number, message in enumerate(messages, first):
-        for part in message.parts:
-            kind = part["type"]
-            what = {"tool_call": f" calls {part.get('name')}", "reasoning": " thinks"}.get(kind, "")
-            tail = f" [{part.get('id')}]" if kind in ("tool_call", "tool_call_response") else ""
-            blocks.append((f"{RULE} {number} {message.role}{what}{tail} {RULE}", part_text(part)))
-    return blocks
+    return [
+        (f"{RULE} {number} {message.role}{_what(part)} {RULE}", part_text(part))
+        for number, message in enumerate(messages, first)
+        for part in message.parts
+    ]
+
+
+def _what(part: Part) -> str:
+    kind = part["type"]
+    if kind == "tool_call":
+        return f" calls {part.get('name')} [{part.get('id')}]"
+    if kind == "tool_call_response":
+        return f" [{part.get('id')}]"
+    return " thinks" if kind == "reasoning" else ""
 
 
 def _guard(text: str) -> str:
@@ -148,7 +154,8 @@ def _with_text(part: Part, old: str, new: str) -> Part:
     if kind == "tool_call":
         value = _parsed(new)
         return {**part, "arguments": value if isinstance(value, dict) else {"text": new}}
-    return {**part, "content": new}
+    rewritten = {**part, "content": new}
+    return unsealed(rewritten) if kind == "reasoning" else rewritten
 
 
 def _parsed(text: str) -> Any:

@@ -11,6 +11,7 @@ that the end phase (`on_loop_end` hooks, totals, the last lines of the trace) ha
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import sys
 import threading
@@ -94,19 +95,25 @@ class _Run(Generic[ExecutorT]):
         return self._plan.gi_frame is None
 
     def _begin(self) -> None:
-        if os.getpid() != self._pid:
-            raise ConfigError("this run belongs to the parent process; start a new one after the fork")
+        self._require_own_process()
+        if self._driving:
+            raise ConfigError("this run is being iterated already; one step at a time")
         if not self._started:
             self._started = True
             _open_runs.add(self)
-        if self._driving:
-            raise ConfigError("this run is being iterated already; one step at a time")
+        self._thread = threading.get_ident()
 
-    def _next_effect(self, resume: Callable[[Any], Any], value: Any) -> Any:
-        if self._asked_to_close is not None and resume == self._plan.send:
-            reason, self._asked_to_close = self._asked_to_close, None
-            return self._plan.throw(Closing(reason))
-        return resume(value)
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConfigError("this run belongs to the parent process; start a new one after the fork")
+
+    def _advance(self, resume: Callable[[Any], Any], value: Any) -> Any:
+        """Resume the plan; return what it asks for next, after a close that somebody asked for meanwhile."""
+        item = resume(value)
+        if self._asked_to_close is None or self._scope.ending is not None:
+            return item
+        reason, self._asked_to_close = self._asked_to_close, None
+        return self._plan.throw(Closing(reason))
 
     def _settle(self, error: BaseException | None = None) -> None:
         """Note that the plan has ended."""
@@ -115,35 +122,43 @@ class _Run(Generic[ExecutorT]):
         _open_runs.discard(self)
         self._executor.close()
 
-    def _never_started(self, reason: str) -> bool:
+    def _nothing_to_leave(self, reason: str) -> bool:
         """Tell whether there is nothing to leave; a run that never started ends without a trace of itself."""
-        if not self._started and not self._ended:
+        if os.getpid() != self._pid:
+            return True
+        if inspect.getgeneratorstate(self._plan) == inspect.GEN_CREATED:
             self._plan.close()
             self._scope.ending = reason
         return self._ended
 
-    def _leave_now(self, reason: str) -> None:
-        """Leave without waiting for anything: what needs an event loop or a thread is skipped, and said to be."""
-        if os.getpid() != self._pid or self._never_started(reason) or self._plan.gi_running:
-            return
-        executor = LastExecutor()
+    def _leave_now(self, reason: str) -> BaseException | None:
+        """Leave without waiting for anything; return what the run raises.
+
+        What needs an event loop or a thread is skipped, and said to be.  So is everything of the caller's when this
+        is not the run's thread: the garbage collector runs in any, with who knows which locks held.
+        """
+        if self._nothing_to_leave(reason):
+            return None
+        executor = LastExecutor(at_home=self._thread == threading.get_ident())
         resume: Callable[[Any], Any] = self._plan.throw
         value: Any = Closing(reason)
-        while True:
+        while not self._plan.gi_running:  # else another thread is in it
             try:
                 value, resume = executor.perform(resume(value)), self._plan.send
             except BaseException as error:  # noqa: BLE001 - relayed into the plan until it has ended
                 if self._ended:
                     self._settle(error)
-                    return
+                    return None if isinstance(error, StopIteration) else error
                 value, resume = error, self._plan.throw
+        return None
 
     def __del__(self) -> None:
-        if getattr(self, "_started", False) and not self._ended and not sys.is_finalizing():
-            self._drop()
-
-    def _drop(self) -> None:
-        self._leave_now("closed_by_caller")
+        if not getattr(self, "_started", False) or sys.is_finalizing() or os.getpid() != self._pid:
+            return
+        error = self._leave_now("closed_by_caller")
+        self._executor.close()  # also when the collector finalised the plan first
+        if error is not None:
+            raise error  # Python reports it: "Exception ignored in ..."
 
 
 class Run(_Run[SyncExecutor], Iterator["Step"]):
@@ -160,8 +175,11 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
         return step
 
     def close(self, reason: str = "closed_by_caller") -> None:
-        """End the run now, in order; does nothing when it has ended.  From another thread: at the next effect."""
-        if os.getpid() != self._pid or self._never_started(reason):
+        """End the run now, in order; does nothing when it has ended.
+
+        From a hook or another thread: as soon as what is going on there has come back.
+        """
+        if self._nothing_to_leave(reason):
             return
         if self._driving:
             self._asked_to_close = reason
@@ -178,25 +196,23 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close(_reason_for(kind))
 
-    def _drop(self) -> None:
-        self._driving = False  # nobody can be: nobody refers to the run any more
-        if self._thread == threading.get_ident():
-            self.close()
-        else:  # the garbage collector ran in another thread: this is no place for the caller's hooks
-            self._leave_now("closed_by_caller")
-
     def _drive(self, resume: Callable[[Any], Any], value: Any) -> Any:
         """Perform effects until the plan yields a step; raises StopIteration, or what the run raises, at its end."""
         self._driving = True
         try:
             return self._perform(resume, value)
+        except BaseException as error:
+            if self._ended:
+                raise
+            return self._perform(self._plan.throw, error)  # a Ctrl-C in the driver itself, between two effects
         finally:
             self._driving = False
 
     def _perform(self, resume: Callable[[Any], Any], value: Any) -> Any:
         while True:
+            self._require_own_process()  # a tool may have forked
             try:
-                item = self._next_effect(resume, value)
+                item = self._advance(resume, value)
                 if not isinstance(item, (Call, Gather)):
                     return item
                 value, resume = self._executor.perform(item), self._plan.send
@@ -224,8 +240,11 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
         return step
 
     async def aclose(self, reason: str = "closed_by_caller") -> None:
-        """End the run now, in order; does nothing when it has ended."""
-        if os.getpid() != self._pid or self._never_started(reason):
+        """End the run now, in order; does nothing when it has ended.
+
+        From a hook, or while another task awaits a step: as soon as what is going on there has come back.
+        """
+        if self._nothing_to_leave(reason):
             return
         if self._driving:
             self._asked_to_close = reason
@@ -249,18 +268,25 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
         self._driving = True
         try:
             return await self._perform(resume, value)
+        except GeneratorExit:  # the awaiting coroutine is closed: nothing can be awaited any more
+            self._leave_now("cancelled")
+            raise
+        except BaseException as error:
+            if self._ended:
+                raise
+            return await self._perform(self._plan.throw, error)  # a Ctrl-C in the driver itself, between two effects
         finally:
             self._driving = False
 
     async def _perform(self, resume: Callable[[Any], Any], value: Any) -> Any:
         while True:
+            self._require_own_process()  # a tool may have forked
             try:
-                item = self._next_effect(resume, value)
+                item = self._advance(resume, value)
                 if not isinstance(item, (Call, Gather)):
                     return item
                 value, resume = await self._executor.perform(item), self._plan.send
-            except GeneratorExit:  # the awaiting coroutine is closed: nothing can be awaited any more
-                self._leave_now("cancelled")
+            except GeneratorExit:
                 raise
             except BaseException as error:
                 if self._ended:
@@ -344,10 +370,14 @@ def async_composable_loop(
 @atexit.register
 def _leave_open_runs() -> None:
     for run in list(_open_runs):
-        run._leave_now("interpreter_exit")  # noqa: SLF001 - same module
+        if (error := run._leave_now("interpreter_exit")) is not None:  # noqa: SLF001 - same module
+            sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _disown_runs() -> None:
+    """In a forked child: the runs are the parent's, and nothing that happens to them here is recorded."""
+    for run in list(_open_runs):
+        run._scope.trace.recorder.disown()  # noqa: SLF001 - same module
     _open_runs.clear()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,8 +114,10 @@ class RunScope:
 
 def note_state(state: Any, name: str, value: Any) -> None:
     """Set a field of the run's state; a class of the caller's own need not have our fields."""
-    with suppress(AttributeError):
+    try:
         setattr(state, name, value)
+    except AttributeError:
+        return
 
 
 def final_output_of(steps: Sequence[Step], stop_reason: str | None) -> dict[str, Any]:

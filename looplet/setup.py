@@ -12,7 +12,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 
 from looplet._version import __version__
-from looplet.backends.adapter import Model
+from looplet.backends.adapter import Model, layers
 from looplet.boundary import Boundary, Redact
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError
@@ -100,17 +100,14 @@ def _parent(above: Recorder | None) -> tuple[str, str] | None:
 
 def find_sinks(llm: Any, hooks: Sequence[Any], above: Recorder | None = None) -> list[Any]:
     """Return the sinks of the run above, those among the hooks and those around the backend, each once."""
-    found: dict[int, Any] = {id(sink): sink for sink in above.sinks} if above is not None else {}
+    inherited = above.sinks if above is not None and not above.closed else ()
+    found: dict[int, Any] = {id(sink): sink for sink in inherited}
     for thing in hooks:
         if (sink := getattr(thing, SINK, None)) is not None:
             found[id(sink)] = sink
-    seen: set[int] = set()
-    while llm is not None and id(llm) not in seen:
-        seen.add(id(llm))
-        attributes = getattr(llm, "__dict__", {})
-        if (sink := attributes.get(SINK)) is not None:
+    for layer in layers(llm):
+        if (sink := getattr(layer, "__dict__", {}).get(SINK)) is not None:
             found[id(sink)] = sink
-        llm = attributes.get("inner")
     return list(found.values())
 
 

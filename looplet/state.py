@@ -68,6 +68,12 @@ class LogEntry:
     recall_key: str = ""
 
 
+def entry_of(step: Step) -> LogEntry:
+    """Return the line that the loop adds for a step."""
+    call = step.tool_call
+    return LogEntry(step.number, str(call.metadata.get("theory", "")), step.tool_result.tool, call.reasoning)
+
+
 class SessionLog:
     """Notes on what was tried and why: the loop adds a line for each step, hooks may add their own."""
 
@@ -110,8 +116,10 @@ class SessionLog:
 
     def record_step(self, step: Step) -> int:
         """Add the line of a step; return how many new entities it brought (0: the loop extracts none)."""
-        call = step.tool_call
-        return self.record(step.number, str(call.metadata.get("theory", "")), step.tool_result.tool, call.reasoning)
+        entry = entry_of(step)
+        self.entries.append(entry)
+        self.current_theory = entry.theory or self.current_theory
+        return 0
 
     def all_entities(self) -> list[str]:
         """Return every entity once, in the order of first mention."""

@@ -39,7 +39,7 @@ def consult_raw(
     try:
         value = yield from phase.call(thunk)
         if take(value):
-            _record(phase, bound, ["rewrite"], "", perf_counter() - began)
+            _record(run, phase, bound, ["rewrite"], "", perf_counter() - began)
             return HookDecision()
         decision = _clean(run, interpret(value, bound.hook, bound.method))
     except Skipped:
@@ -48,7 +48,7 @@ def consult_raw(
         decision = _failed(run, phase, bound, error, perf_counter() - began)
     else:
         if said := decision.said():
-            _record(phase, bound, said, decision.reason, perf_counter() - began)
+            _record(run, phase, bound, said, decision.reason, perf_counter() - began)
     if decision.additional_context:
         run.briefing.append(decision.additional_context)
     if decision.stop is not None:
@@ -56,7 +56,7 @@ def consult_raw(
     return decision
 
 
-def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
+def clean_result(run: RunScope, result: ToolResult, duration_ms: float | None = None) -> ToolResult:
     """Return a result whose content has passed the boundary; the call's name and summary are clean already."""
     clean = run.boundary
     detail = result.error_detail
@@ -68,14 +68,17 @@ def clean_result(run: RunScope, result: ToolResult) -> ToolResult:
             context=clean.clean(detail.context),
             recovery_hint=clean.clean(detail.recovery_hint),
         )
-    return replace(
-        result,
-        data=clean.clean(result.data),
-        error=None if result.error is None else clean.text(str(result.error)),
-        error_detail=detail,
-        result_key=clean.clean(result.result_key),
-        warnings=tuple(clean.text(str(w)) for w in result.warnings),
-        metadata=clean.clean(result.metadata),
+    return ToolResult(
+        result.tool,
+        result.args_summary,
+        clean.clean(result.data),
+        None if result.error is None else clean.text(str(result.error)),
+        detail,
+        result.duration_ms if duration_ms is None else duration_ms,
+        clean.clean(result.result_key),
+        result.call_id,
+        tuple([clean.text(str(w)) for w in result.warnings]),
+        clean.clean(result.metadata),
         raw=result.data if result.raw is None else result.raw,
     )
 
@@ -112,7 +115,7 @@ def _clean_answer(run: RunScope, result: ToolResult) -> ToolResult:
 
 def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, took_s: float) -> HookDecision:
     words = run.boundary.text(f"{type(error).__name__}: {words_of(error)}")
-    _record(phase, bound, ["error"], words, took_s, error_type=error_name(error))
+    _record(run, phase, bound, ["error"], words, took_s, error_type=error_name(error))
     phase.put({semconv.HOOK_NAME: bound.hook, semconv.HOOK_METHOD: bound.method})
     if bound.method not in GATES:
         raise error
@@ -127,7 +130,14 @@ def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, t
 
 
 def _record(
-    phase: Phase, bound: BoundMethod, said: list[str], reason: str, took_s: float, *, error_type: str | None = None
+    run: RunScope,
+    phase: Phase,
+    bound: BoundMethod,
+    said: list[str],
+    reason: str,
+    took_s: float,
+    *,
+    error_type: str | None = None,
 ) -> None:
     attributes: dict[str, Any] = {
         semconv.HOOK_NAME: bound.hook,
@@ -135,7 +145,7 @@ def _record(
         semconv.HOOK_DECISION: "+".join(said),
         semconv.HOOK_DURATION: took_s,
     }
-    if reason:
+    if reason and not run.trace.withhold_results:
         attributes[semconv.HOOK_REASON] = reason
     if error_type:
         attributes[semconv.ERROR_TYPE] = error_type

@@ -122,7 +122,7 @@ class ToolSpec:
 
     def rename(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments under their own names."""
-        if not any(alias in args for alias in self.aliases):
+        if not self.aliases or self.aliases.keys().isdisjoint(args):
             return dict(args)
         taken = set(args)
         return {
@@ -318,9 +318,11 @@ def register_think_tool(registry: BaseToolRegistry) -> None:
 
 
 def success(call: ToolCall, data: Any, **rest: Any) -> ToolResult:
-    """Return the result of a call that returned `data`; a ToolResult is taken as it is, warnings are added to it."""
+    """Return the result of a call that returned `data`; a ToolResult becomes this call's, warnings are added to it."""
     if isinstance(data, ToolResult):
-        return replace(data, warnings=(*data.warnings, *rest.get("warnings", ())))
+        warnings = (*data.warnings, *rest.get("warnings", ()))
+        summary = summarize_args(call.args)
+        return replace(data, tool=call.tool, args_summary=summary, call_id=call.call_id, warnings=warnings)
     return ToolResult(call.tool, summarize_args(call.args), data, call_id=call.call_id, **rest)
 
 

@@ -28,6 +28,8 @@ class Usage:
     """output tokens spent on reasoning"""
     cost_usd: float | None = None
     """None when the price is unknown; never guessed"""
+    cache_write_tokens: int = 0
+    """input tokens that were written to the provider's cache"""
 
     @property
     def total_tokens(self) -> int:
@@ -35,6 +37,8 @@ class Usage:
         return self.input_tokens + self.output_tokens
 
     def __add__(self, other: Usage) -> Usage:
+        if self is NO_USAGE:
+            return other
         costs = [c for c in (self.cost_usd, other.cost_usd) if c is not None]
         return Usage(
             self.input_tokens + other.input_tokens,
@@ -42,6 +46,7 @@ class Usage:
             self.cached_tokens + other.cached_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
             sum(costs) if costs else None,
+            self.cache_write_tokens + other.cache_write_tokens,
         )
 
 
@@ -137,6 +142,9 @@ class Reply:
     """`stop`, `tool_call`, `length`, `content_filter` or `error`, as the GenAI conventions spell them"""
     reasoning: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[dict[str, Any], ...] = ()
+    """the message's parts in the provider's order, where its reasoning must go back as it came (`looplet.messages`);
+    a `text` or `tool_call` part marks a place only: `text` and `tool_calls` say what stands there"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,17 @@ def start(folder, seed, event):
     return child
 
 
+def warm_up(folder):
+    """Do a short run, so that no child spends its life importing."""
+    begun = os.open(os.devnull, os.O_WRONLY)
+    tools, hooks = make_tools(folder, begun), [ProvenanceSink(folder / "warm")]
+    for _ in composable_loop(Clerk(0), {"goal": "warm up"}, tools, hooks=hooks, max_steps=3):
+        pass
+
+
 def main():
     folder, seed, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    warm_up(folder)
     for number in range(count):
         dice = random.Random(f"{seed} {number}")
         if number % 2:

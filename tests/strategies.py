@@ -32,7 +32,7 @@ from looplet import (
 from looplet.boundary import Boundary
 from looplet.testing import AsyncMockLLMBackend, AsyncScriptedBackend, MockLLMBackend, ScriptedBackend
 
-WORDS = st.text(st.characters() | st.sampled_from("═ \n\"\\{}:\ud800"), max_size=12)
+WORDS = st.text(st.characters() | st.sampled_from('═ \n"\\{}:\ud800'), max_size=12)
 """any text: control characters, lines, lone surrogates and all"""
 NUMBERS = st.integers(-3, 3) | st.integers() | st.floats()
 JSON_VALUES = st.recursive(
@@ -188,6 +188,7 @@ NATIVE = st.builds(
     finish_reason=st.sampled_from(["", "stop", "tool_call", "length"]),
     model=st.sampled_from(["", "scripted-2"]),
     response_id=st.sampled_from(["", "resp_1"]),
+    parts=st.sampled_from([(), ({"type": "text"}, {"type": "reasoning", "content": "hm", "signature": "s"})]),
 )
 
 

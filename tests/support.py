@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from opentelemetry import trace as trace_api
+
 import looplet
-from looplet import EvalContext, ProvenanceSink, Step, Trace, async_composable_loop, composable_loop, tool, tools_from
+from looplet import (
+    Deny,
+    EvalContext,
+    ProvenanceSink,
+    Step,
+    Trace,
+    async_composable_loop,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.telemetry import semconv
+from looplet.telemetry.otlp_file import read_file
 
 
 @tool
@@ -160,3 +178,101 @@ def python(*arguments: object, cwd: Path | None = None, **more: str) -> subproce
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, encoding="utf-8", errors="replace", timeout=120
     )
+
+
+@contextmanager
+def canned(body: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = (), kind: str = "application/json"):
+    """Serve one answer to every request, whatever it is: for what a scripted server would never say."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            for name, value in (*headers, ("Content-Type", kind), ("Content-Length", str(len(raw)))):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Closing:
+    """Closes the run's backend at the end of the run."""
+
+    def __init__(self, is_async: bool) -> None:
+        if is_async:
+            self.on_loop_end = self.aclose
+
+    def on_loop_end(self, state, log, context, llm):
+        llm.close()
+
+    async def aclose(self, state, log, context, llm):
+        await llm.aclose()
+
+
+class Gate:
+    """Denies one call and rejects the first ending."""
+
+    def pre_dispatch(self, state, log, tool_call, step):
+        return Deny("not that one") if tool_call.args.get("name") == "secret" else None
+
+    def check_done(self, state, log, context, step):
+        return None if any(s.tool_call.tool == "done" for s in state.steps) else "cite a source"
+
+
+class CountingProvider(trace_api.TracerProvider):
+    """A tracer provider that notes which spans were started, and how often each was ended."""
+
+    def __init__(self):
+        self.ends: dict[str, int] = {}
+
+    def get_tracer(self, *args: Any, **settings: Any) -> trace_api.Tracer:
+        return _CountingTracer(self.ends)
+
+
+class _CountingTracer(trace_api.Tracer):
+    def __init__(self, ends):
+        self._ends = ends
+
+    def start_span(self, name, context=None, *args, **settings):
+        above = trace_api.get_current_span(context).get_span_context()
+        trace_id = above.trace_id if above.is_valid else random.getrandbits(128)
+        return _CountedSpan(trace_api.SpanContext(trace_id, random.getrandbits(64) or 1, False), self._ends)
+
+    def start_as_current_span(self, *args, **settings):
+        raise NotImplementedError
+
+
+class _CountedSpan(trace_api.NonRecordingSpan):
+    def __init__(self, context, ends):
+        super().__init__(context)
+        self._key = f"{context.span_id:016x}"
+        self._ends = ends
+        ends[self._key] = 0
+
+    def end(self, end_time=None):
+        self._ends[self._key] += 1
+
+
+def require_whole(file: Path, provider: CountingProvider, reason: str) -> Trace:
+    """Require that every span that was started ended once, is in the file once, and that one root says `reason`."""
+    trace = Trace.load(file)
+    assert trace.problems == []
+    ids = sorted(record.span_id for record in read_file(trace.path).spans)
+    assert set(provider.ends.values()) == {1}
+    assert ids == sorted(provider.ends)
+    (root,) = trace.roots
+    assert not any(node.synthetic for node in trace.spans)
+    assert (root.name.split()[0], root.attributes[semconv.STOP_REASON]) == (semconv.INVOKE_AGENT, reason)
+    return trace

@@ -332,7 +332,11 @@ def test_a_new_run_sets_the_old_file_aside_and_replaces_what_was_derived(tmp_pat
     assert before - derived(tmp_path) == {
         f"{kind}.{end}"
         for n in (2, 3)
-        for kind, end in ((f"call_{n:02}_prompt", "txt"), (f"call_{n:02}_response", "txt"), (f"steps/step_{n + 1:02}", "json"))
+        for kind, end in (
+            (f"call_{n:02}_prompt", "txt"),
+            (f"call_{n:02}_response", "txt"),
+            (f"steps/step_{n + 1:02}", "json"),
+        )
     }
     assert foreign <= derived(tmp_path)
     assert {(tmp_path / name).read_text() for name in foreign} == {"mine"}

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import inspect
-import json
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 from opentelemetry import context as otel_context
-from support import add, both, look, make_tools, run_async, run_sync
+from support import Closing, Gate, add, both, canned, look, make_tools, run_async, run_sync
 
 from looplet import (
     AsyncOpenAIBackend,
@@ -25,7 +23,6 @@ from looplet import (
     ConfigError,
     ContextOverflow,
     Conversation,
-    Deny,
     LoopConfig,
     Message,
     OpenAIBackend,
@@ -70,33 +67,6 @@ def ask_async(url: str, messages=HELLO, *, backend=(), times: int = 1, **setting
 
 sync_and_async = pytest.mark.parametrize("ask", [ask_sync, ask_async], ids=["sync", "async"])
 classes = pytest.mark.parametrize("make", [OpenAIBackend, AsyncOpenAIBackend])
-
-
-@contextmanager
-def canned(body: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = (), kind: str = "application/json"):
-    """Serve one answer to every request, whatever it is: for what `OpenAIServer` would never say."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            for name, value in (*headers, ("Content-Type", kind), ("Content-Length", str(len(raw)))):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def completion(message: Any, **more: Any) -> dict[str, Any]:
@@ -736,30 +706,6 @@ def test_an_async_backend_works_in_one_event_loop_after_another():
 
 
 # --- through the loop -----------------------------------------------------------------------------------------------
-
-
-class Closing:
-    """Closes the run's backend at the end of the run."""
-
-    def __init__(self, is_async: bool) -> None:
-        if is_async:
-            self.on_loop_end = self.aclose
-
-    def on_loop_end(self, state, log, context, llm):
-        llm.close()
-
-    async def aclose(self, state, log, context, llm):
-        await llm.aclose()
-
-
-class Gate:
-    """Denies one call and rejects the first ending."""
-
-    def pre_dispatch(self, state, log, tool_call, step):
-        return Deny("not that one") if tool_call.args.get("name") == "secret" else None
-
-    def check_done(self, state, log, context, step):
-        return None if any(s.tool_call.tool == "done" for s in state.steps) else "cite a source"
 
 
 EVERYTHING = [

@@ -82,12 +82,12 @@ def with_sub_conversations(folder: Path, turns: int) -> None:
     def ask(name: str) -> str:
         """Let a sub-agent read."""
         tools = tools_from([read], include_done=True)
-        run = composable_loop(
-            script(turns // 2, prefix=name), {"goal": name}, tools, hooks=[sink], max_steps=turns
-        )
+        run = composable_loop(script(turns // 2, prefix=name), {"goal": name}, tools, hooks=[sink], max_steps=turns)
         return f"{sum(1 for _ in run)} steps"
 
-    for _ in composable_loop(script(2, "ask", "sub"), {"goal": "ask"}, tools_from([ask], include_done=True), hooks=[sink]):
+    for _ in composable_loop(
+        script(2, "ask", "sub"), {"goal": "ask"}, tools_from([ask], include_done=True), hooks=[sink]
+    ):
         pass
 
 

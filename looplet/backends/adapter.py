@@ -12,7 +12,7 @@ A method gets only the keyword arguments that it takes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
@@ -21,7 +21,7 @@ from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, LoopletError, did_you_mean
 from looplet.executors import refuse_async
-from looplet.messages import Message, encode
+from looplet.messages import Message, clean_part, encode
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import INLINE, SERIAL
 from looplet.prices import priced
@@ -55,7 +55,7 @@ class Model:
         self.llm = llm
         self.protocol = _protocol_of(llm, native=config.use_native_tools)
         self.name = str(getattr(llm, "model", "") or "")
-        self.provider = str(getattr(llm, "provider", "") or type(llm).__name__)
+        self.provider = str(getattr(llm, "provider", "") or type(list(layers(llm))[-1]).__name__)
         self.server_address = getattr(llm, "server_address", None)
         self.server_port = getattr(llm, "server_port", None)
         self.native = config.use_native_tools and self.protocol != "generate"
@@ -93,6 +93,7 @@ class Model:
         return Reply(
             text, calls, usage, reply.model, reply.response_id, reply.finish_reason,
             clean(reply.reasoning), boundary.clean(reply.metadata),
+            tuple(clean_part(part, boundary.clean) for part in reply.parts),
         )  # fmt: skip
 
     def _split_system(self, messages: Sequence[Message]) -> tuple[dict[str, str], Any]:
@@ -150,6 +151,15 @@ def _clean_text(text: str, boundary: Boundary, known: Collection[str]) -> str:
             return cleaned
     said = [{"tool": c.tool, "args": c.args, "reasoning": c.reasoning, "id": c.call_id, **c.metadata} for c in meant]
     return encode({"tools": said}).decode()
+
+
+def layers(llm: Any) -> Iterator[Any]:
+    """Yield a backend and what it is wrapped around (`inner`), outermost first."""
+    seen: set[int] = set()
+    while llm is not None and id(llm) not in seen:
+        seen.add(id(llm))
+        yield llm
+        llm = getattr(llm, "__dict__", {}).get("inner")
 
 
 def _parameters(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

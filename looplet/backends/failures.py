@@ -1,4 +1,4 @@
-"""What the errors of the `openai` package mean: one `BackendError`, with the provider's words and what to do."""
+"""What the errors of the providers' packages mean: one `BackendError`, with the provider's words and what to do."""
 
 from __future__ import annotations
 
@@ -8,46 +8,65 @@ import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from looplet.errors import BackendError, ConfigError, ContextOverflow
 from looplet.types import cut
 
-_KINDS: Final = {401: "auth", 403: "auth", 404: "not_found", 408: "timeout", 409: "conflict", 429: "rate_limit"}
-_RETRYABLE: Final = frozenset({"timeout", "conflict", "rate_limit", "server_error"})
+_KINDS: Final = {
+    401: "auth",
+    402: "quota",
+    403: "auth",
+    404: "not_found",
+    408: "timeout",
+    409: "conflict",
+    429: "rate_limit",
+    529: "overloaded",
+}
+_RETRYABLE: Final = frozenset({"timeout", "conflict", "rate_limit", "server_error", "overloaded"})
 _ADVICE: Final = {
-    "auth": "check api_key= (OPENAI_API_KEY)",
-    "not_found": "is {model!r} a model there (model=, OPENAI_MODEL), and {url} the API (base_url=, OPENAI_BASE_URL)?",
+    "auth": "check api_key= ({env}_API_KEY)",
+    "not_found": "is {model!r} a model there (model=, {env}_MODEL), and {url} the API (base_url=, {env}_BASE_URL)?",
     "rate_limit": "ask again later, or less often",
+    "overloaded": "ask again later",
     "quota": "see the plan and the billing of this key",
     "server_error": "try again later",
     "timeout": "try again later, or raise timeout_s=",
     "conflict": "try again",
 }
-_TOO_LONG: Final = re.compile(r"context[ _-]?(length|window|size)", re.IGNORECASE)
-_UNSUPPORTED: Final = re.compile(r"Unsupported (?:parameter|value): '([\w.]+)'")
+_TOO_LONG: Final = re.compile(
+    r"context[ _-]?(length|window|size|limit)|prompt is too long|request_too_large", re.IGNORECASE
+)
+_UNSUPPORTED: Final = re.compile(
+    r"Unsupported (?:parameter|value): '(?P<openai>[\w.]+)'|`?(?P<anthropic>\w+)`? is deprecated for this model"
+)
 
 
-def to_backend_error(error: Exception, *, model: str, base_url: str) -> BackendError | ConfigError:
-    """Return what `error`, raised by the client, means; ConfigError for a parameter that the package does not know."""
-    import openai
+def to_backend_error(error: Exception, *, package: str, model: str, base_url: str) -> BackendError | ConfigError:
+    """Return what `error`, raised by the client of `package` (`openai` or `anthropic`), means.
 
-    if isinstance(error, openai.APITimeoutError):
+    ConfigError for what the package itself refuses: a parameter that it does not know, an answer too long to wait for.
+    """
+    sdk, env = import_module(package), package.upper()
+    if isinstance(error, sdk.APITimeoutError):
         words = f"no answer from {base_url} in time; raise timeout_s="
         return BackendError(words, kind="timeout", retryable=True)
-    if isinstance(error, openai.APIConnectionError):
-        words = f"cannot reach {base_url}: {_cause(error)}; check base_url= (OPENAI_BASE_URL) and the network"
+    if isinstance(error, sdk.APIConnectionError):
+        words = f"cannot reach {base_url}: {_cause(error)}; check base_url= ({env}_BASE_URL) and the network"
         return BackendError(words, kind="network", retryable=True)
-    if isinstance(error, openai.APIStatusError):
-        return _of_status(error, model, base_url)
+    if isinstance(error, sdk.APIStatusError):
+        return _of_status(error, env, model, base_url)
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
         words = f"{base_url} answered with broken JSON ({error}); try again"
         return BackendError(words, kind="bad_response", retryable=True)
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         words = "a parameter that only your server knows goes into generate_kwargs={'extra_body': {...}}"
         return ConfigError(f"{error}; {words}")
-    kind = "bad_response" if isinstance(error, openai.APIError) else "backend_error"
+    if isinstance(error, ValueError) and str(error).startswith("Streaming is "):
+        return ConfigError(f"{error}; pass timeout_s= to wait for so long an answer, or a smaller max_tokens")
+    kind = "bad_response" if isinstance(error, sdk.APIError) else "backend_error"
     return BackendError(f"{type(error).__name__}: {error}", kind=kind)
 
 
@@ -60,7 +79,7 @@ def refused_parameter(error: Exception) -> str | None:
     ):
         return str(name)
     found = _UNSUPPORTED.search(_words(error))
-    return found.group(1) if found else None
+    return found["openai"] or found["anthropic"] if found else None
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
@@ -78,20 +97,20 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-def _of_status(error: Any, model: str, base_url: str) -> BackendError:
+def _of_status(error: Any, env: str, model: str, base_url: str) -> BackendError:
     status, words = error.status_code, _words(error).rstrip(".")
     said = f"{urlsplit(base_url).netloc} answered {status}: {words}"
-    refused = refused_parameter(error)
-    if refused is None and status in (400, 413, 422) and _TOO_LONG.search(f"{error.code} {error.type} {words}"):
+    refused, code = refused_parameter(error), getattr(error, "code", None)
+    if refused is None and status in (400, 413, 422) and _TOO_LONG.search(f"{code} {_type(error)} {words}"):
         return ContextOverflow(f"{said}; send less, or compact the conversation", status=status)
-    kind = _kind(status, error.code)
+    kind = _kind(status, code, words)
     wait = retry_after_s(error.response.headers, time.time())
     if refused is not None:
         advice = f"leave {refused!r} out"
     elif kind == "rate_limit" and wait is not None:
         advice = f"ask again in {wait:g} s"
     else:
-        advice = _ADVICE.get(kind, "").format(model=model, url=base_url)
+        advice = _ADVICE.get(kind, "").format(model=model, url=base_url, env=env)
     return BackendError(
         f"{said}; {advice}" if advice else said,
         status=status,
@@ -101,21 +120,34 @@ def _of_status(error: Any, model: str, base_url: str) -> BackendError:
     )
 
 
-def _kind(status: int, code: str | None) -> str:
-    if code == "insufficient_quota":
+def _kind(status: int, code: str | None, words: str) -> str:
+    if code == "insufficient_quota" or "credit balance is too low" in words:
         return "quota"
     return _KINDS.get(status) or ("server_error" if status >= 500 else "bad_request")
 
 
 def _words(error: Any) -> str:
     """Return the provider's own words, wherever in the body they are."""
-    body = getattr(error, "body", None)
+    body = _body(error)
     if isinstance(body, Mapping):
         body = body.get("message") or body.get("detail") or body.get("error") or body
     if not body:
         body = str(error)
     said = body if isinstance(body, str) else json.dumps(body, default=str)
     return cut(" ".join(said.split()), 500)
+
+
+def _type(error: Any) -> str:
+    """Return the provider's own word for what kind of error this is, an empty string when it has none."""
+    body = _body(error)
+    return str(body.get("type") or "") if isinstance(body, Mapping) else ""
+
+
+def _body(error: Any) -> Any:
+    """Return what the provider says about the error; one package has unwrapped it, the other has not."""
+    body = getattr(error, "body", None)
+    inner = body.get("error") if isinstance(body, Mapping) else None
+    return inner if isinstance(inner, Mapping) else body
 
 
 def _cause(error: BaseException) -> str:

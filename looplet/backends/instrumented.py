@@ -25,15 +25,15 @@ _UTIL_GENAI: Final = "opentelemetry.util.genai.invocation"
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """While looplet's own `chat` span is the current one, suppress instrumentation in this block."""
+def told_once() -> Iterator[bool]:
+    """Suppress instrumentation while looplet's own `chat` span is the current one; yield whether it is."""
     span = trace.get_current_span()
     if not (isinstance(span, RecordedSpan) and span.name.split(" ", 1)[0] == semconv.CHAT):
-        yield
+        yield False
         return
     token = otel_context.attach(_suppressed(otel_context.get_current()))
     try:
-        yield
+        yield True
     finally:
         otel_context.detach(token)
 

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "demo": ("looplet.cli.demo:demo_command", "Audit the dependencies of a project, step by step."),
     "show": ("looplet.cli.show:show_command", "Show what happened in a trace."),
     "eval": ("looplet.cli.evals:eval_command", "Score traces with eval_* functions."),
+    "mcp": ("looplet.cli.mcp:mcp_group", "Serve tools over the Model Context Protocol."),
 }
 
 

@@ -137,6 +137,7 @@ def document(run: RunView, family: Families, full: bool) -> dict[str, Any]:
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
             "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
             "reasoning_tokens": usage.reasoning_tokens,
             "cost_usd": usage.cost_usd,
             "unreported_calls": unreported(run),

@@ -50,6 +50,8 @@ def of_usage(usage: Usage | None) -> Attributes:
     }
     if usage.cached_tokens:
         attributes[semconv.CACHE_READ_TOKENS] = usage.cached_tokens
+    if usage.cache_write_tokens:
+        attributes[semconv.CACHE_WRITE_TOKENS] = usage.cache_write_tokens
     if usage.reasoning_tokens:
         attributes[semconv.REASONING_TOKENS] = usage.reasoning_tokens
     if usage.cost_usd is not None:

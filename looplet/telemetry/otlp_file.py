@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from looplet.errors import TraceError
+from looplet.telemetry import semconv
 from looplet.telemetry.otlp_decode import SpanRecord, parse_json, spans_in
 
-_RECOVERED: Final = "looplet.recovered"
-_MARKER: Final = b'\n{"resourceSpans":[],"%b":true}\n' % _RECOVERED.encode()
+_MARKER: Final = b'\n{"resourceSpans":[],"%b":true}\n' % semconv.RECOVERED.encode()
 _STREAMS: Final = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")  # may be files, but not ours to repair
 _BLOCK: Final = 64 * 1024
 _BOM: Final = b"\xef\xbb\xbf"
@@ -54,18 +54,16 @@ class OtlpFile:
         """
         if not data:
             return
-        fd = self._open()
+        fd = self._fd if self._fd is not None else self._open()
         found = os.fstat(fd)
         if self._is_named and not found.st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the file was removed while it was written to", str(self.path))
         start = found.st_size
-        rest = memoryview(self._glue + data)
+        data = self._glue + data
         written = 0
         try:
-            while rest:
-                count = os.write(fd, rest)
-                written += count
-                rest = rest[count:]
+            while written < len(data):
+                written += os.write(fd, memoryview(data)[written:] if written else data)
             if self._fsync and self._is_file:
                 os.fsync(fd)
         except BaseException:
@@ -226,7 +224,7 @@ def _items(data: bytes, path: str) -> Iterator[tuple[int, Any] | Problem]:
                 return
             damage.append(Problem(line, f"this line is damaged ({error})"))
         else:
-            if damage and not (isinstance(document, dict) and _RECOVERED in document):
+            if damage and not (isinstance(document, dict) and semconv.RECOVERED in document):
                 raise _damaged(damage[0], path)
             yield from damage
             damage.clear()

@@ -10,11 +10,13 @@ Writing happens at durable points only, under a lock, and no code of the caller'
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import repeat, starmap
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,11 +61,14 @@ class ProvenanceSink:
         self._fsync = fsync
         self._file: OtlpFile | None = None
         self._pending: deque[Any] = deque()
+        self._batch: list[Any] = []
+        """what is being encoded"""
         self._unwritten = b""
         self._refused = ""
         """why the last write failed, empty after a success"""
         self._lock = threading.RLock()
-        self._writing = False
+        self._writer: int | None = None
+        """the thread that is writing"""
         self._runs: set[str] = set()
         self._direct: dict[str, None] = {}
         self._inherited = False
@@ -97,7 +102,8 @@ class ProvenanceSink:
         except OSError as error:
             problem = str(error)
         if problem:
-            raise TraceError(f"not written ({problem}); make room, or give the sink another folder", path=str(self.path))
+            words = f"not written ({problem}); make room, or give the sink another folder"
+            raise TraceError(words, path=str(self.path))
         return self.dir
 
     # --- for runs ---------------------------------------------------------------------------------------------------
@@ -105,13 +111,16 @@ class ProvenanceSink:
     def attach(self, recorder: Recorder) -> None:
         """Begin to write a run; the first one into a finished folder starts the file afresh."""
         self.durable()  # spans that ended after their run belong to its file, not to this one
+        problems: list[tuple[str, str]] = []
         with self._lock:
             if not self._runs:
-                self._open_file(recorder.run_id)
+                self._open_file(recorder.run_id, problems)
             self._runs.add(recorder.run_id)
             self._direct[recorder.run_id] = None
             while len(self._direct) > MAX_KNOWN_RUNS:
                 del self._direct[next(iter(self._direct))]
+        for cause, detail in problems:
+            count_drop(cause, detail)
 
     def on_end(self, span: Any) -> None:
         """Take an ended span."""
@@ -119,20 +128,16 @@ class ProvenanceSink:
 
     def durable(self) -> None:
         """Write what was taken so far.  Never raises: what cannot be written is kept, then counted."""
-        if self._writing and self._lock.acquire(blocking=False):
-            # This very thread is writing: a run was collected meanwhile.  The writer takes what it left.
-            try:
-                if self._writing:
-                    return
-            finally:
-                self._lock.release()
+        here = threading.get_ident()
+        if self._writer == here:  # a run was collected in the middle of writing, which takes what it left
+            return
         problems: list[tuple[str, str]] = []
         with self._lock:
-            self._writing = True
+            self._writer = here
             try:
                 self._write_pending(problems)
             finally:
-                self._writing = False
+                self._writer = None
         for cause, detail in problems:
             count_drop(cause, detail)
 
@@ -147,11 +152,12 @@ class ProvenanceSink:
         """Write spans of a tracer provider; those of runs that this sink records anyway are passed over."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
-        from looplet.telemetry.router import copy_redacted
+        from looplet.telemetry.router import copy_redacted, run_of
 
         boundary = Boundary(self.redact)
         for span in spans:
-            if (span.attributes or {}).get(semconv.RUN_ID) not in self._direct:
+            run_id = (span.attributes or {}).get(semconv.RUN_ID) or run_of(span.context)
+            if run_id not in self._direct:
                 self.on_end(copy_redacted(span, boundary))
         self.durable()
         return SpanExportResult.FAILURE if self._unwritten else SpanExportResult.SUCCESS
@@ -167,32 +173,33 @@ class ProvenanceSink:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _open_file(self, run_id: str) -> None:
+    def _open_file(self, run_id: str, problems: list[tuple[str, str]]) -> None:
+        if self._file is not None:
+            self._file.close()
         if self._inherited:  # the folder's file belongs to the parent process
             self._file = OtlpFile(self.dir / f"trace-{run_id}.jsonl", fsync=self._fsync)
             return
         path = self.dir / TRACE_FILE
-        if self._file is not None:
-            self._file.close()
         try:
             set_aside(path)
             clear_folder(self.dir)
         except OSError as error:
-            count_drop("an older trace could not be set aside", repr(error))
+            problems.append(("an older trace could not be set aside", repr(error)))
         self._file = OtlpFile(path, fsync=self._fsync)
 
     def _write_pending(self, problems: list[tuple[str, str]]) -> None:
-        if not (self._pending or self._unwritten):
+        if not (self._pending or self._batch or self._unwritten):
             return  # and an older trace stays where it is
         if self._file is None:
-            self._open_file("export")
+            self._open_file("export", problems)
         assert self._file is not None
-        while self._pending or self._unwritten:
-            batch = [self._pending.popleft() for _ in range(len(self._pending))]
-            if batch:
-                self._unwritten += encode_spans(
-                    batch, on_error=lambda _, error: problems.append(("a span could not be encoded", repr(error)))
-                )
+        while self._pending or self._batch or self._unwritten:
+            # A Ctrl-C may come between any two calls: each leaves every span in exactly one of the three places.
+            self._batch.extend(starmap(self._pending.popleft, repeat((), len(self._pending))))
+            lines = encode_spans(
+                self._batch, on_error=lambda _, error: problems.append(("a span could not be encoded", repr(error)))
+            )
+            self._batch, self._unwritten = [], self._unwritten + lines
             try:
                 self._file.write(self._unwritten)
             except OSError as error:
@@ -210,8 +217,9 @@ class ProvenanceSink:
     def _disown(self) -> None:
         """In a forked child: the file, and what was to be written to it, are the parent's."""
         self._lock = threading.RLock()
-        self._writing = False
+        self._writer = None
         self._pending = deque()
+        self._batch = []
         self._unwritten = b""
         self._runs = set()
         if self._file is not None:
@@ -249,6 +257,12 @@ def set_aside(path: Path) -> Path | None:
         target = path.with_name(f"trace-{name}-{number}.jsonl")
     path.rename(target)
     return target
+
+
+@atexit.register
+def _write_rest() -> None:
+    for sink in list(_sinks):
+        sink.durable()
 
 
 def _disown_sinks() -> None:

@@ -70,6 +70,8 @@ class Event:
 
     __slots__ = ("attributes", "name", "timestamp")
 
+    dropped_attributes = 0
+
     def __init__(self, name: str, attributes: Mapping[str, Any], timestamp: int) -> None:
         self.name = name
         self.attributes = attributes
@@ -123,6 +125,8 @@ class Recorder:
         self.open: dict[int, RecordedSpan] = {}
         self.common: dict[str, Any] = {semconv.RUN_ID: run_id}
         """attributes that every span of the run carries"""
+        self.closed = False
+        """the run has ended: what a stuck tool of its still does is not recorded"""
         self.recording = bool(self.sinks) or tracer is not None
         """whether anybody gets the spans"""
         self.root_context = trace.INVALID_SPAN_CONTEXT
@@ -149,8 +153,9 @@ class Recorder:
         if attributes and self.late is not None:
             attributes = redact_late(self.late, attributes)
         merged = {**self.common, **attributes} if attributes else self.common.copy()
-        started = self.now()
-        inner = self._start_inner(name, parent, kind, merged, links, started) if self.tracer is not None else None
+        started = self._clock + perf_counter_ns()
+        told = self.tracer is not None and not self.closed
+        inner = self._start_inner(name, parent, kind, merged, links, started) if told else None
         span = RecordedSpan(name, kind, merged, started, inner, self)
         if parent is None or inner is not None:
             self._place(span, parent, inner)
@@ -158,7 +163,8 @@ class Recorder:
             span.span_id, span.parent_id = _random.getrandbits(64) or 1, parent.span_id
         if links:
             span.links = list(links)
-        self.open[span.span_id] = span
+        if not self.closed:
+            self.open[span.span_id] = span
         return span
 
     def _place(self, span: RecordedSpan, parent: RecordedSpan | None, inner: Span | None) -> None:
@@ -168,13 +174,8 @@ class Recorder:
         if parent is None:
             self.root_context, self.plain_trace_id = own, None if own.trace_state else own.trace_id
 
-    def ended(self, span: RecordedSpan) -> None:
-        """Hand an ended span to the sinks."""
-        for sink in self.sinks:
-            sink.on_end(span)
-
-    def foreign(self, span: Any) -> None:
-        """Take an ended span of somebody else's that happened inside the run."""
+    def ended(self, span: Any) -> None:
+        """Hand an ended span to the sinks: one of the run's, or one of somebody else's that happened inside it."""
         for sink in self.sinks:
             sink.on_end(span)
 
@@ -185,6 +186,17 @@ class Recorder:
                 sink.durable()
             except Exception as error:  # noqa: BLE001 - a sink must not end a run
                 count_drop("sink failed", repr(error))
+
+    def close(self) -> None:
+        """End the spans that are still open, innermost first; later ones are not recorded."""
+        self.closed = True
+        for span in reversed(list(self.open.values())):
+            span.end()
+
+    def disown(self) -> None:
+        """In a forked child: forget everybody who gets the spans; they get them from the parent."""
+        self.closed, self.sinks, self.tracer = True, (), None
+        self.open.clear()
 
     def clean(self, value: Any) -> Any:
         """Return the recordable form of what user code says about a span; the provider of the model never sees it."""
@@ -240,8 +252,8 @@ class RecordedSpan(Span):
     """
 
     __slots__ = (
-        "_as_context", "_context", "_inner", "_parent", "_recorder", "attributes", "end_time", "events", "kind",
-        "links", "name", "parent_id", "span_id", "start_time", "status",
+        "_as_context", "_context", "_inner", "_parent", "_recorder", "attributes", "end_time", "events",
+        "instrumentation_scope", "kind", "links", "name", "parent_id", "resource", "span_id", "start_time", "status",
     )  # fmt: skip
 
     dropped_attributes = 0
@@ -268,6 +280,8 @@ class RecordedSpan(Span):
         self.events: list[Event] = []
         self.links: list[Any] = []
         self.status = UNSET
+        self.resource = recorder.resource
+        self.instrumentation_scope = recorder.scope
         self._inner = inner
         self._recorder = recorder
         self._as_context: Context | None = None
@@ -275,16 +289,6 @@ class RecordedSpan(Span):
         self._parent: SpanContext | None = None
 
     # --- for the run ------------------------------------------------------------------------------------------------
-
-    @property
-    def resource(self) -> Any:
-        """Return what the span is about."""
-        return self._recorder.resource
-
-    @property
-    def instrumentation_scope(self) -> Scope:
-        """Return who made the span."""
-        return self._recorder.scope
 
     @property
     def context(self) -> SpanContext:
@@ -384,7 +388,8 @@ class RecordedSpan(Span):
         """Link another span."""
         if self.end_time:
             return
-        self.links.append(trace.Link(context, self._recorder.clean(attributes or {})))
+        attributes = self._recorder.clean(attributes or {})
+        self.links.append(trace.Link(context, attributes))
         if self._inner is not None:
             self._tell("add_link", context, attributes)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from collections import OrderedDict
+from typing import Any, Final
 
 from opentelemetry.context import Context, get_value
-from opentelemetry.trace import Link, Status
+from opentelemetry.trace import Link, SpanContext, Status
 
 from looplet.boundary import Boundary
 from looplet.telemetry import semconv
@@ -21,11 +22,16 @@ _routed: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
+_open: dict[tuple[int, int], Recorder] = {}
+"""trace id and span id → the run that a span of the application began in"""
+_ended: OrderedDict[tuple[int, int], str] = OrderedDict()
+"""run ids of the last such spans that ended"""
+MAX_ENDED: Final = 8192
+"""more than batching processors hold back"""
+
+
 class Router:
     """A span processor: remembers which run a span was started in, hands it over when it ends."""
-
-    def __init__(self) -> None:
-        self._inside: dict[int, Recorder] = {}
 
     def on_start(self, span: Any, parent_context: Context | None = None) -> None:
         """Note the run that the span begins in; looplet's own spans reach the sinks by themselves."""
@@ -33,19 +39,25 @@ class Router:
         if not isinstance(recorder, Recorder) or not recorder.sinks:
             return
         if getattr(span.instrumentation_scope, "name", "") != semconv.SCOPE:
-            self._inside[span.context.span_id] = recorder
+            _open[span.context.trace_id, span.context.span_id] = recorder
 
     def on_end(self, span: Any) -> None:
         """Give the span to its run; what it says passes the run's boundary on the way."""
         context = span.context
-        recorder = self._inside.pop(context.span_id, None) if context is not None else None
-        if recorder is not None:
+        if context is None:
+            return
+        key = (context.trace_id, context.span_id)
+        if (recorder := _open.get(key)) is not None:
+            _ended[key] = recorder.run_id
+            del _open[key]
+            while len(_ended) > MAX_ENDED:
+                _ended.popitem(last=False)
             try:
                 copy = copy_redacted(span, recorder.boundary)
                 if recorder.late is not None:
                     copy = copy_redacted(copy, recorder.late)
                 copy.attributes[semconv.RUN_ID] = recorder.run_id
-                recorder.foreign(copy)
+                recorder.ended(copy)
             except Exception as error:  # noqa: BLE001 - somebody else's span
                 count_drop("a span of the application could not be recorded", repr(error))
 
@@ -53,12 +65,18 @@ class Router:
         """Do nothing."""
 
     def shutdown(self) -> None:
-        """Forget the spans that are still open."""
-        self._inside.clear()
+        """Do nothing: spans that are still open may end yet."""
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Return True: nothing is held back."""
         return True
+
+
+def run_of(context: SpanContext) -> str | None:
+    """Return the id of the run that a span of the application belongs to, None outside of one."""
+    key = (context.trace_id, context.span_id)
+    recorder = _open.get(key)
+    return recorder.run_id if recorder is not None else _ended.get(key)
 
 
 class ForeignSpan:

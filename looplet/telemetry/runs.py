@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from looplet.errors import TraceError
-from looplet.messages import Message, digest, resolve
+from looplet.messages import Message, digest, resolve, tells_failure
 from looplet.prompt import render
 from looplet.state import SessionLog
 from looplet.telemetry import semconv
@@ -263,8 +263,7 @@ class RunView:
             for part in message.parts:
                 if part["type"] == "tool_call_response" and part["id"] == call_id:
                     response = part["response"]
-                    failed = isinstance(response, dict) and "error" in response and "kind" in response
-                    return {"error": response["error"]} if failed else {"data": response}
+                    return {"error": response["error"]} if tells_failure(response) else {"data": response}
         return {}
 
     def _usage_by_turn(self, turns_with_steps: list[int]) -> Iterator[tuple[int, tuple[Usage, str]]]:
@@ -298,6 +297,7 @@ def usage_of(chat: SpanNode) -> Usage:
         int(told.get(semconv.CACHE_READ_TOKENS, 0)),
         int(told.get(semconv.REASONING_TOKENS, 0)),
         told.get(semconv.COST_USD),
+        int(told.get(semconv.CACHE_WRITE_TOKENS, 0)),
     )
 
 

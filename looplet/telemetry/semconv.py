@@ -40,6 +40,7 @@ RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
 INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
 CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+CACHE_WRITE_TOKENS: Final = "gen_ai.usage.cache_creation.input_tokens"
 REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
 SYSTEM_INSTRUCTIONS: Final = "gen_ai.system_instructions"
 INPUT_MESSAGES: Final = "gen_ai.input.messages"
@@ -50,11 +51,17 @@ TOOL_TYPE: Final = "gen_ai.tool.type"
 TOOL_CALL_ID: Final = "gen_ai.tool.call.id"
 TOOL_CALL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
 TOOL_CALL_RESULT: Final = "gen_ai.tool.call.result"
+MCP_METHOD_NAME: Final = "mcp.method.name"
+MCP_PROTOCOL_VERSION: Final = "mcp.protocol.version"
+MCP_SESSION_ID: Final = "mcp.session.id"
+JSONRPC_REQUEST_ID: Final = "jsonrpc.request.id"
+RPC_STATUS_CODE: Final = "rpc.response.status_code"  # of a JSON-RPC error
 
 # --- general attributes ---------------------------------------------------------------------------------------------
 ERROR_TYPE: Final = "error.type"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"
+NETWORK_TRANSPORT: Final = "network.transport"
 EXCEPTION_TYPE: Final = "exception.type"
 EXCEPTION_MESSAGE: Final = "exception.message"
 EXCEPTION_STACKTRACE: Final = "exception.stacktrace"
@@ -126,6 +133,9 @@ EVENT_PROGRESS: Final = "looplet.tool.progress"
 UNKNOWN_TOOL: Final = "_unknown"
 OTHER_ERROR: Final = "_OTHER"
 FORMAT_VERSION: Final = "1"
+
+# --- in the file, beside the spans ----------------------------------------------------------------------------------
+RECOVERED: Final = "looplet.recovered"  # on a line of its own: what stands before it is damaged, and known to be
 
 # Attribute and event keys that hold what people, models and tools said.  They go to the run's own sinks; the user's
 # tracer gets them only when content capture is on (GenAI conventions, "Capturing instructions, inputs and outputs").

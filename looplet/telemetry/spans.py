@@ -68,6 +68,10 @@ class RunTrace:
         self.root: RecordedSpan | None = None
         self.withhold_results = False
         """a hook rewrites requests: what tools return is recorded only as it is sent"""
+        self.recording = recorder.recording
+        """whether spans are made; attributes need not be computed otherwise"""
+        self.observed = bool(observers)
+        """whether there are observers"""
         self._base = base
         self._observers = list(observers)
         self._late: list[tuple[Any, Any]] = []
@@ -77,11 +81,6 @@ class RunTrace:
     def trace_id(self) -> str | None:
         """Return the trace's id, None before the run has started."""
         return f"{self.root.context.trace_id:032x}" if self.root else None
-
-    @property
-    def recording(self) -> bool:
-        """Tell whether spans are made; attributes need not be computed otherwise."""
-        return self.recorder.recording
 
     def run(self, attributes: Mapping[str, Any]) -> Phase:
         """Open `invoke_agent {agent}`, the phase that holds all others."""
@@ -130,11 +129,6 @@ class RunTrace:
             except Exception as error:  # noqa: BLE001 - an observer only watches
                 self._complain(observer, error)
 
-    @property
-    def observed(self) -> bool:
-        """Tell whether there are observers."""
-        return bool(self._observers)
-
     def base(self) -> Context:
         """Return the context in which the run was called."""
         return self._base
@@ -168,7 +162,7 @@ class Phase:
         """Open a phase inside this one; its span is called `name subject`."""
         trace = self._trace
         span = None
-        if trace.recorder.recording:
+        if trace.recording:
             span = trace.recorder.start(f"{name} {subject}" if subject else name, self._span, kind, attributes)
         return Phase(trace, name, span, self._span)
 
@@ -184,7 +178,7 @@ class Phase:
     @property
     def recording(self) -> bool:
         """Tell whether anybody gets what is `put` here."""
-        return self._span is not None and self._trace.recorder.recording
+        return self._span is not None
 
     @property
     def failed(self) -> bool:

@@ -1,5 +1,6 @@
-"""Real parts for tests: scripted backends and an OpenAI-compatible server on loopback."""
+"""Real parts for tests: scripted backends, and scripted servers on loopback."""
 
+from looplet.testing.anthropic_server import AnthropicServer
 from looplet.testing.backends import (
     AsyncMockLLMBackend,
     AsyncScriptedBackend,
@@ -13,6 +14,7 @@ from looplet.testing.server import Answer, ChatRequest, Fault, OpenAIServer
 
 __all__ = [
     "Answer",
+    "AnthropicServer",
     "AsyncMockLLMBackend",
     "AsyncScriptedBackend",
     "ChatRequest",

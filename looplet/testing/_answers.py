@@ -1,4 +1,4 @@
-"""What a policy of `OpenAIServer` receives, and what it may answer."""
+"""What the policy of a scripted server receives, and what it may answer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from looplet.errors import ConfigError
 from looplet.types import Usage
 
 
@@ -34,6 +35,8 @@ class Answer:
     finish_reason: str | None = None
     model: str | None = None
     id: str | None = None
+    thinking: Sequence[str | bytes] = ()
+    """what the model thought first: a text is signed, bytes are hidden (`AnthropicServer` only)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Fault:
 
     @classmethod
     def error(cls, status: int, message: str, *, param: str | None = None, code: str | None = None) -> Fault:
-        """Refuse with any HTTP status, in OpenAI's error shape."""
+        """Refuse with any HTTP status, in the provider's error shape."""
         return cls("error", status, message, param=param, code=code)
 
     @classmethod
@@ -65,6 +68,11 @@ class Fault:
     def server_error(cls, message: str = "The server had an error while processing your request.") -> Fault:
         """Fail with 500."""
         return cls("error", 500, message, "server_error")
+
+    @classmethod
+    def overloaded(cls) -> Fault:
+        """Refuse with 529, as Anthropic does when it has too much to do."""
+        return cls("error", 529, "Overloaded", "overloaded_error")
 
     @classmethod
     def slow(cls, seconds: float, answer: PolicyAnswer) -> Fault:
@@ -83,7 +91,7 @@ class Fault:
 
     @classmethod
     def empty(cls) -> Fault:
-        """Answer 200 without any choice."""
+        """Answer 200 without any choice, or content."""
         return cls("empty")
 
     @classmethod
@@ -112,3 +120,27 @@ class Fault:
 
 PolicyAnswer: TypeAlias = "str | list[Any] | Answer | Fault"
 Policy: TypeAlias = "Callable[[ChatRequest], PolicyAnswer] | list[Any] | tuple[Any, ...] | None"
+
+
+def as_answer(value: PolicyAnswer) -> Answer:
+    if isinstance(value, str):
+        return Answer(value)
+    if isinstance(value, list):
+        return Answer(tool_calls=value)
+    if isinstance(value, Answer):
+        return value
+    raise ConfigError(f"a policy answers with a str, a list of tool calls, an Answer or a Fault, not {value!r}")
+
+
+def call_of(call: Any, default_id: str) -> tuple[str, str, Any]:
+    """Return id, name and arguments of a tool call, whichever way it was written."""
+    match call:
+        case (str(name), args):
+            return default_id, name, args
+        case (
+            {"function": {"name": str(name), "arguments": args}}
+            | {"name": str(name), "args": args}
+            | {"name": str(name), "arguments": args}
+        ):
+            return call.get("id") or default_id, name, args
+    raise ConfigError(f"a tool call is ('name', {{args}}) or a dict with 'name' and 'args', not {call!r}")

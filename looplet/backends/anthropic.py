@@ -1,0 +1,119 @@
+"""`AnthropicBackend` and `AsyncAnthropicBackend`: Anthropic, and every server that speaks its Messages API.
+
+    llm = AnthropicBackend.from_env(model="claude-sonnet-4-5", cache=CachePolicy())
+
+The `anthropic` package (`pip install "looplet[anthropic]"`) is imported when the first backend is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Final
+
+from looplet.backends.clients import AsyncClientBackend, ClientBackend, SyncClientBackend
+from looplet.backends.messages_api import REPAIRS, CachePolicy, hour_tokens, reply_of, request_of, thinking_of
+from looplet.backends.wire import Wire
+from looplet.errors import ConfigError
+from looplet.messages import Message
+from looplet.prices import priced
+from looplet.types import Reply
+
+SAMPLING: Final = ("temperature", "top_p", "top_k")
+
+
+class _AnthropicBackend(ClientBackend):
+    """What both backends share."""
+
+    _package = "anthropic"
+    _api = "messages"
+    _default_url = "https://api.anthropic.com"
+    _local_url = "http://localhost:11434"
+    _repairs = REPAIRS
+    _providers: ClassVar[Mapping[str, str]] = {"amazonaws.com": "aws.bedrock", "googleapis.com": "gcp.vertex_ai"}
+
+    def __init__(
+        self,
+        client: Any = None,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        default_max_tokens: int = 4096,
+        cache: CachePolicy | None = None,
+        timeout_s: float | None = None,
+        max_retries: int = 2,
+        thinking: int | str | Mapping[str, Any] | None = None,
+    ) -> None:
+        if cache is not None and not isinstance(cache, CachePolicy):
+            raise ConfigError(f"cache takes a CachePolicy, not {cache!r}")
+        self.cache = cache
+        self.thinking = thinking_of(thinking)
+        super().__init__(
+            client,
+            model=model,
+            base_url=base_url,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            default_max_tokens=default_max_tokens,
+        )
+
+    def _request(self, messages: Sequence[Message], **asked: Any) -> Wire:
+        return request_of(messages, model=self.model, thinking=self.thinking, cache=self.cache, **asked)
+
+    def _create(self, client: Any, is_told: bool) -> Callable[..., Any]:
+        create = (_untraced(client) if is_told else client).messages.create
+        return lambda **request: create(**_for_any_version(request))
+
+    def _reply(self, answer: Any) -> Reply:
+        reply = reply_of(answer)
+        hour = hour_tokens(answer)
+        if reply.usage is None or not hour:
+            return reply
+        usage = priced(reply.usage, reply.model or self.model, self.base_url, cache_write_1h_tokens=hour)
+        return replace(reply, usage=usage)
+
+
+class AnthropicBackend(_AnthropicBackend, SyncClientBackend):
+    """A model behind the Messages API.
+
+    `client`: an `anthropic.Anthropic`, instead of `base_url`, `api_key`, `timeout_s` and `max_retries`.  Without
+    `base_url` and `api_key` the variables ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY count; a base URL (without `/v1`)
+    alone is enough for local servers.  `timeout_s`: seconds for one attempt, None for the package's 600, which then
+    refuses a `max_tokens` that may take longer; `max_retries`: attempts beyond the first, made by the package.
+
+    `cache`: what the provider is to keep of a request, None for nothing.  `thinking`: a budget in tokens, `"adaptive"`,
+    or the API's own object; a budget is on top of a `max_tokens` that is no larger, and no temperature is sent with it.
+    Raises ConfigError for settings that cannot work.
+    """
+
+    _client_class = "Anthropic"
+    _other_class = "AsyncAnthropic"
+
+
+class AsyncAnthropicBackend(_AnthropicBackend, AsyncClientBackend):
+    """`AnthropicBackend` for `async for`; `client` is an `anthropic.AsyncAnthropic`.
+
+    May be used in one event loop after another (`asyncio.run` twice); a client that was given may not.
+    """
+
+    _client_class = "AsyncAnthropic"
+    _other_class = "Anthropic"
+
+
+def _for_any_version(request: Wire) -> Wire:
+    """Return the request without the arguments that newer packages do not know and older models still take."""
+    sampling = {name: value for name, value in request.items() if name in SAMPLING}
+    if not sampling:
+        return request
+    rest = {name: value for name, value in request.items() if name not in SAMPLING}
+    return {**rest, "extra_body": {**sampling, **(request.get("extra_body") or {})}}
+
+
+def _untraced(client: Any) -> Any:
+    """Return a copy of the client, on the same connections, that makes no span of its own; old ones make none."""
+    try:
+        return client.with_options(open_telemetry=False)
+    except (AttributeError, TypeError):
+        return client

@@ -1,0 +1,95 @@
+"""What the providers' wire formats share.
+
+Responses come from many servers that only claim a format, so everything in one may be missing or of another type.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from looplet.errors import BackendError
+from looplet.messages import Message, tells_failure
+from looplet.prompt import part_text
+from looplet.types import ToolCall, cut
+
+Wire = dict[str, Any]
+
+NOT_RUN: Final = '{"error":"not run"}'
+"""stands for the result of a call that has none: the APIs want one for each"""
+
+
+def wire_name(name: str) -> str:
+    """Return a tool name that an API takes back: models make up names that it refuses."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown"
+
+
+def settle(message: Message, waiting: dict[str, Wire]) -> list[str]:
+    """Write each result of a tool message into the place that waits for it, by the id of its call.
+
+    Return the texts that stand for results whose call is not there (compacted away, or made in plain text).
+    """
+    lone = []
+    for part in message.parts:
+        call_id = str(part.get("id") or "")
+        place = waiting.pop(call_id, None)
+        if place is None:
+            lone.append(f"Result of tool call {call_id}:\n{part_text(part)}")
+            continue
+        place["content"] = part_text(part)
+        if "is_error" in place:
+            place["is_error"] = tells_failure(part.get("response"))
+    return lone
+
+
+def call_of(name: Any, arguments: Any, call_id: Any) -> ToolCall:
+    """Return a call; arguments that are no JSON object go to the registry as they are, which tells the model."""
+    return ToolCall(text_of(name), arguments_of(arguments), call_id=text_of(call_id))
+
+
+def arguments_of(given: Any) -> dict[str, Any]:
+    """Return a call's arguments, given as an object or as its JSON; what is neither, as `_raw_arguments`."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if given is None or given == "":
+        return {}
+    try:
+        value = json.loads(given)
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"_raw_arguments": given if isinstance(given, str) else str(given)}
+
+
+def finish_reason(told: str | None, has_calls: bool) -> str:
+    """Return the conventions' word, or a likely one when the provider's is none that we know."""
+    return told or ("tool_call" if has_calls else "stop")
+
+
+def bad_response(answer: Any, missing: str, hint: str) -> BackendError:
+    """Return the error for a response that lacks what makes it one; `hint` is about a base URL that is wrong."""
+    if isinstance(answer, str):
+        words = f"the answer is no JSON: {cut(' '.join(answer.split()), 120)!r}; {hint}"
+        return BackendError(words, kind="bad_response")
+    error = field_of(answer, "error")
+    said = text_of(field_of(error, "message")) or (str(error) if error else "")
+    words = f"the answer has no {missing}" + (f"; it says: {cut(said, 300)}" if said else "; try again")
+    return BackendError(words, kind="bad_response", retryable=True)
+
+
+def field_of(value: Any, name: str) -> Any:
+    """Return a field of an object or mapping, None when there is none."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def text_of(value: Any) -> str:
+    """Return a string as it is, the text parts of a list joined, an empty string for anything else."""
+    if isinstance(value, list):
+        return "".join(text_of(field_of(part, "text")) for part in value)
+    return value if isinstance(value, str) else ""
+
+
+def count_of(value: Any) -> int:
+    """Return a number of tokens, 0 for anything else."""
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,144 @@
+"""Serving looplet tools over the Model Context Protocol, on stdio or streamable HTTP.
+
+Tools run as they do in a loop: sync ones on looplet's own threads, one at a time unless they are `concurrent_safe`;
+arguments are validated in words for the model; a trace context that comes with a call is current while the tool runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Final
+
+from mcp import MCPError, stdio_server
+from mcp.server.lowlevel import Server
+from mcp_types import (
+    INVALID_PARAMS,
+    CallToolRequestParams,
+    CallToolResult,
+    ListToolsResult,
+    TextContent,
+    Tool,
+)
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+
+from looplet._version import __version__
+from looplet.boundary import Boundary
+from looplet.errors import ConfigError, ToolError
+from looplet.executors import AsyncExecutor
+from looplet.messages import encode
+from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout
+from looplet.tools import BaseToolRegistry, ToolContext, ToolSpec, register_done_tool, to_tool_error
+from looplet.types import ToolResult
+
+HOST: Final = "127.0.0.1"
+PATH: Final = "/mcp"
+
+
+class ToolServer:
+    """The tools of a registry, but for those that end a run, as MCP requests see them."""
+
+    def __init__(self, registry: BaseToolRegistry, name: str = "looplet") -> None:
+        self._registry = registry
+        self._specs = [spec for spec in map(registry.find, registry.tool_names) if not _ends_runs(spec)]
+        if not self._specs:
+            raise ConfigError("there is no tool to serve (tools that end a run are left out)")
+        self._boundary = Boundary()
+        self._executor = AsyncExecutor()
+        self._one_at_a_time = asyncio.Lock()
+        self.protocol: Server[Any] = Server(
+            name, version=__version__, on_list_tools=self._list, on_call_tool=self._call
+        )
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Return the names of the tools that are served."""
+        return [spec.name for spec in self._specs]
+
+    async def _list(self, request: Any, params: Any) -> ListToolsResult:
+        return ListToolsResult(tools=[_described(spec) for spec in self._specs])
+
+    async def _call(self, request: Any, params: CallToolRequestParams) -> CallToolResult:
+        if params.name not in self.tool_names:
+            raise MCPError(INVALID_PARAMS, f"unknown tool {params.name!r}; available: {', '.join(self.tool_names)}")
+        spec = self._registry.find(params.name)
+        ctx = ToolContext()
+        try:
+            arguments = spec.arguments(params.arguments or {})
+            ctx.resources = self._registry.needed(spec)
+            value = await self._run(spec, spec.bind(arguments, ctx), incoming_context(request.meta))
+        except CallTimeout:
+            return _failed(ToolError(f"no answer within {spec.timeout_s:g} s; the call was abandoned"))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
+            return _failed(to_tool_error(error))
+        return self._answer(value, ctx.warnings)
+
+    async def _run(self, spec: ToolSpec, thunk: Callable[[], Any], context: Context) -> Any:
+        lane = INLINE if spec.is_async else PARALLEL if spec.concurrent_safe else SERIAL
+        async with nullcontext() if spec.concurrent_safe else self._one_at_a_time:
+            return await self._executor.perform(Call(thunk, context, lane, spec.timeout_s))
+
+    def _answer(self, value: Any, warnings: Sequence[str]) -> CallToolResult:
+        if isinstance(value, ToolResult):
+            if value.error is not None:
+                return _failed(value.error_detail or ToolError(value.error))
+            warnings = [*value.warnings, *warnings]
+            value = value.data
+        data = self._boundary.clean(value)
+        texts = [] if data is None else [data if isinstance(data, str) else encode(data).decode()]
+        texts += [f"warning: {self._boundary.text(str(words))}" for words in warnings]
+        return CallToolResult(content=_texts(texts), structured_content=data if isinstance(data, dict) else None)
+
+
+def incoming_context(meta: Mapping[str, Any] | None) -> Context:
+    """Return the trace context of a request; a span that the SDK has opened for it stays the current one."""
+    here = trace.get_current_span()
+    context = propagate.extract(dict(meta or {}))
+    return trace.set_span_in_context(here, context) if here.get_span_context().is_valid else context
+
+
+def serve_stdio(server: ToolServer) -> None:
+    """Serve one client on stdin and stdout until it hangs up."""
+    asyncio.run(_serve_stdio(server.protocol))
+
+
+async def _serve_stdio(protocol: Server[Any]) -> None:
+    async with stdio_server() as (reading, writing):
+        await protocol.run(reading, writing, protocol.create_initialization_options())
+
+
+def serve_http(server: ToolServer, port: int, ready: Callable[[str], object]) -> None:
+    """Serve streamable HTTP on the local interface until Ctrl-C; `ready` is called with the URL.  Port 0: any free."""
+    import uvicorn
+
+    try:
+        listening = socket.create_server((HOST, port))
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} of {HOST} cannot be used: {error.strerror}; choose another, 0 is any"
+        ) from error
+    with listening:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
+        config = uvicorn.Config(server.protocol.streamable_http_app(streamable_http_path=PATH), log_level="warning")
+        ready(f"http://{HOST}:{listening.getsockname()[1]}{PATH}")
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _described(spec: ToolSpec) -> Tool:
+    return Tool(name=spec.name, description=spec.description, input_schema=spec.json_schema)
+
+
+def _ends_runs(spec: ToolSpec) -> bool:
+    made_by = getattr(spec.execute, "__qualname__", "")
+    return spec.name == "done" or made_by.startswith(f"{register_done_tool.__name__}.")
+
+
+def _failed(error: ToolError) -> CallToolResult:
+    return CallToolResult(content=_texts([error.message]), is_error=True)
+
+
+def _texts(texts: Sequence[str]) -> list[Any]:
+    return [TextContent(type="text", text=text) for text in texts]
