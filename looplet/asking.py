@@ -42,7 +42,7 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
             if run.context is not None:
                 yield from consult(run, phase, bound, run.state, run.session_log, run.context, _next_step(run))
                 continue
-            prompt = Prompt.of(_request(run, rewritten))
+            prompt = _prompt(run, rewritten)
             taken: list[Sequence[Message]] = []
             ask = partial(bound.function, run.state, run.session_log, prompt, _next_step(run))
             yield from consult_raw(run, phase, bound, ask, partial(_take, run, prompt, taken))
@@ -60,7 +60,9 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
     """Send the messages and return what the model answered, or why it did not."""
     model = run.model
     logged = _log(run, messages)
-    with turn.phase(semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run)) as phase:
+    with turn.phase(
+        semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run) if run.trace.recording else None
+    ) as phase:
         if phase.recording:
             phase.put(attributes.of_request(logged))
         if run.asks_rewriters and not run.model_calls:
@@ -116,6 +118,14 @@ def _request(run: RunScope, rewritten: Sequence[Message] | None) -> Sequence[Mes
     if rewritten is None:
         return run.conversation.view(run.head, _briefing(run.briefing))
     return [*rewritten, *_briefing(run.briefing)]
+
+
+def _prompt(run: RunScope, rewritten: Sequence[Message] | None) -> Prompt:
+    request = _request(run, rewritten)
+    if rewritten is not None:
+        return Prompt.of(request)
+    stable = len(run.head) + len(run.conversation)
+    return run.shown.prompt(request, stable=stable, edits=run.conversation.edits)
 
 
 def _place_task(run: RunScope, prompt: Prompt) -> None:

@@ -106,10 +106,12 @@ def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str) -> Effec
     """Run one tool.  A failing tool is an observation for the model, never an exception."""
     spec, call = item.spec, item.call
     assert spec is not None
-    with above.phase(semconv.TOOL_START, attributes=_marker(run, item)):
+    marked = attributes.of_call_marker(call, item.number) if run.trace.recording else None
+    told = attributes.of_call(call, item.number, True) if run.trace.recording else None
+    with above.phase(semconv.TOOL_START, attributes=marked):
         pass
     run.trace.durable()  # from here on a resumed run knows that the call may have had its effect
-    with above.phase(semconv.EXECUTE_TOOL, call.tool, attributes=attributes.of_call(call, item.number, True)) as phase:
+    with above.phase(semconv.EXECUTE_TOOL, call.tool, attributes=told) as phase:
         ctx = _tool_context(run, phase, spec)
         item.ran, item.context = True, phase.context
         try:
@@ -217,10 +219,6 @@ def _validate(run: RunScope, item: Pending) -> None:
         item.spec = spec
     except ToolError as error:
         item.result = failure(item.call, error)  # in our words, about arguments that are clean
-
-
-def _marker(run: RunScope, item: Pending) -> dict[str, Any] | None:
-    return attributes.of_call_marker(item.call, item.number) if run.trace.recording else None
 
 
 def _tool_context(run: RunScope, phase: Phase, spec: ToolSpec) -> ToolContext:

@@ -74,7 +74,6 @@ class MCPToolAdapter:
 
         target = Target(words, url or "", dict(env or {}), dict(headers or {}))
         self._prefix = prefix
-        self._label = str(target)
         self._link: Link = Link(target, float(timeout))
         weakref.finalize(self, self._link.drop).atexit = False  # at exit, open links are closed in order
 
@@ -107,7 +106,9 @@ class MCPToolAdapter:
         for name, spec in specs.items():
             if often[spec.name] > 1:
                 other = next(n for n, s in specs.items() if s.name == spec.name and n != name)
-                raise ConfigError(f"{self._label}: the tools {name!r} and {other!r} would both be called {spec.name!r}")
+                raise ConfigError(
+                    f"{self._link.label}: the tools {name!r} and {other!r} would both be called {spec.name!r}"
+                )
         return list(specs.values())
 
     def register_all(self, registry: BaseToolRegistry) -> list[ToolSpec]:
@@ -116,7 +117,7 @@ class MCPToolAdapter:
         for spec in specs:
             if (there := registry.get(spec.name)) is not None:
                 raise ConfigError(
-                    f"the tool {spec.name!r} of {self._label} and {_origin(there)} have the same name; "
+                    f"the tool {spec.name!r} of {self._link.label} and {_origin(there)} have the same name; "
                     f"give this server's tools another one: MCPToolAdapter(..., prefix='...')"
                 )
         return [registry.register(spec) for spec in specs]
@@ -161,13 +162,13 @@ class MCPToolAdapter:
                 tags=("mcp",),
             )
         except ConfigError as error:
-            raise ConfigError(f"{self._label}: the tool {tool.name!r} cannot be used: {error}") from error
+            raise ConfigError(f"{self._link.label}: the tool {tool.name!r} cannot be used: {error}") from error
 
     def _caller(self, name: str) -> Callable[..., Any]:
         async def call(**arguments: Any) -> Any:
             return outcome_of(await self._link.call(name, arguments))
 
-        call.__qualname__ = f"MCPToolAdapter({self._label}).{name}"
+        call.__qualname__ = f"MCPToolAdapter({self._link.label}).{name}"
         return call
 
 

@@ -52,7 +52,8 @@ class Connection:
 
     def __init__(self, target: Target, timeout_s: float) -> None:
         self.tools: list[Tool] = []
-        self._label = str(target)
+        self.label = str(target)
+        """how messages call the server: by its own name, once it is known"""
         self._timeout_s = timeout_s
         self._wire = Wire(target, timeout_s)
         self._client: Client | None = None
@@ -106,18 +107,18 @@ class Connection:
         sending.set(note)  # in the context of this call's task only
         span.set_attributes(self._attributes(self._client))
         meta: Any = {}
-        propagate.inject(meta)
+        propagate.inject(meta)  # the SDK does so, too, for now: it means to make that an option
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._client.call_tool(name, arguments, meta=meta)
         except TimeoutError:
             span.set_attribute(semconv.TOOL_ABANDONED, True)
-            words = f"{self._label} gave no answer within {self._timeout_s:g} s; it was told to cancel the call"
+            words = f"{self.label} gave no answer within {self._timeout_s:g} s; it was told to cancel the call"
             raise ToolError(words + self._noise, kind=ErrorKind.TIMEOUT, retriable=True) from None
         except MCPError as error:
             raise await self._explain(error, note, span) from error
         except (RuntimeError, ValueError) as error:  # results that do not match the protocol or the tool's own schema
-            raise ToolError(f"{self._label} gave a malformed answer: {words_of(error)}") from error
+            raise ToolError(f"{self.label} gave a malformed answer: {words_of(error)}") from error
         finally:
             if note.request_id:
                 span.set_attribute(semconv.JSONRPC_REQUEST_ID, note.request_id)
@@ -129,7 +130,7 @@ class Connection:
             client = Client(self._wire.streams(), cache=None, message_handler=self._take, client_info=info)
             async with client:
                 if client.server_info is not None:
-                    self._label = f"the MCP server {client.server_info.name!r}"
+                    self.label = f"the MCP server {client.server_info.name!r}"
                 self._client = client
                 self._ready.set()
                 await self._leave.wait()
@@ -169,16 +170,17 @@ class Connection:
     async def _explain(self, error: MCPError, note: Sending, span: trace.Span) -> Exception:
         """Return what to raise for a call that came back as a JSON-RPC error, or not at all."""
         is_lost = self._wire.ended or (self._wire.target.url and error.code == CONNECTION_CLOSED)
-        if self._wire.forgotten or not is_lost:
+        if self._wire.forgotten:
+            return NotSentError(answer_of(error))
+        if not is_lost:
             span.set_attribute(semconv.RPC_STATUS_CODE, str(error.code))
-            told = answer_of(error)
-            return NotSentError(told) if self._wire.forgotten else told
+            return answer_of(error)
         words = await self._last_words()
         if not note.sent or isinstance(self._cause, (httpx2.ConnectError, httpx2.ConnectTimeout)):
-            return NotSentError(not_called(f"{self._label} cannot be reached{words}"))
+            return NotSentError(not_called(f"{self.label} cannot be reached{words}"))
         span.set_attribute(semconv.TOOL_ABANDONED, True)
         return ToolError(
-            f"{self._label} was lost during the call, which may have had its effect and was not made again; "
+            f"{self.label} was lost during the call, which may have had its effect and was not made again; "
             f"the next call starts or reaches the server anew{words}",
             kind=ErrorKind.NETWORK,
         )
@@ -186,16 +188,16 @@ class Connection:
     async def _failure(self, error: BaseException | None) -> str:
         """Return why there is no session."""
         if isinstance(error, TimeoutError):
-            words = f"{self._label} did not answer within {self._timeout_s:g} s"
+            words = f"{self.label} did not answer within {self._timeout_s:g} s"
         elif isinstance(error, OSError) and self._wire.target.command:
-            return f"{self._label} cannot be started: {error}; check the command"
+            return f"{self.label} cannot be started: {error}; check the command"
         elif isinstance(error, httpx2.TransportError):
-            return f"{self._label} cannot be reached: {words_of(error) or type(error).__name__}; check the URL"
+            return f"{self.label} cannot be reached: {words_of(error) or type(error).__name__}; check the URL"
         elif isinstance(error, MCPError) and error.code == CONNECTION_CLOSED:
-            words = f"{self._label} ended before it answered"
+            words = f"{self.label} ended before it answered"
         else:
             status = f" (HTTP {self._wire.status})" if self._wire.status else ""
-            words = f"{self._label} cannot be used: {words_of(error) if error else 'it ended'}{status}"
+            words = f"{self.label} cannot be used: {words_of(error) if error else 'it ended'}{status}"
         return words + await self._last_words() + self._noise
 
     async def _last_words(self) -> str:
@@ -218,6 +220,11 @@ class Link:
         self._closed = False
         self._loop: PrivateLoop | None = None
         self._connection: Connection | None = None
+
+    @property
+    def label(self) -> str:
+        """Return how messages call the server."""
+        return self._connection.label if self._connection is not None else str(self._target)
 
     @property
     def connected(self) -> bool:

@@ -50,16 +50,45 @@ class Prompt(str):
 
         Raises ConfigError when the text begins and ends like this prompt but lost a header line in between.
         """
-        headers = [header for header, _ in _blocks(self.messages)]
-        if not headers or not _holds_line(text, headers[0]) or not _holds_line(text, headers[-1]):
+        first, last = _blocks(self.messages[:1]), _blocks(self.messages[-1:], len(self.messages) - 1)
+        ends = [*first, *last] if first and last else _blocks(self.messages)
+        if not ends or not _holds_line(text, ends[0][0]) or not _holds_line(text, ends[-1][0]):
             return None
-        texts = _split(text, headers)
+        texts = _split(text, [header for header, _ in _blocks(self.messages)])
         parts = iter(texts)
         out = []
         for message in self.messages:
             new = tuple(_with_text(part, part_text(part), next(parts)) for part in message.parts)
             out.append(message if new == message.parts else Message(message.role, new))
         return out
+
+
+class Shown:
+    """The text of a conversation as far as it was rendered before: only what was appended since costs anything."""
+
+    __slots__ = ("_count", "_edits", "_text")
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._count = 0
+        self._edits = 0
+
+    def prompt(self, messages: Sequence[Message], *, stable: int, edits: int) -> Prompt:
+        """Return `Prompt.of(messages)`.
+
+        The first `stable` messages are those of the last call, and some more, unless `edits` has changed.
+        """
+        if edits != self._edits or stable < self._count:
+            self._text, self._count, self._edits = "", 0, edits
+        self._text = _joined(self._text, render(messages[self._count : stable], self._count))
+        self._count = stable
+        prompt = Prompt(_joined(self._text, render(messages[stable:], stable)))
+        prompt.messages = messages
+        return prompt
+
+
+def _joined(text: str, more: str) -> str:
+    return f"{text}\n{more}" if text and more else text or more
 
 
 def render(messages: Iterable[Message], first: int = 0) -> str:

@@ -103,8 +103,12 @@ class _Run(Generic[ExecutorT]):
             _open_runs.add(self)
         self._thread = threading.get_ident()
 
+    @property
+    def _inherited(self) -> bool:
+        return os.getpid() != self._pid
+
     def _require_own_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self._inherited:
             raise ConfigError("this run belongs to the parent process; start a new one after the fork")
 
     def _advance(self, resume: Callable[[Any], Any], value: Any) -> Any:
@@ -124,7 +128,7 @@ class _Run(Generic[ExecutorT]):
 
     def _nothing_to_leave(self, reason: str) -> bool:
         """Tell whether there is nothing to leave; a run that never started ends without a trace of itself."""
-        if os.getpid() != self._pid:
+        if self._inherited:
             return True
         if inspect.getgeneratorstate(self._plan) == inspect.GEN_CREATED:
             self._plan.close()
@@ -153,7 +157,7 @@ class _Run(Generic[ExecutorT]):
         return None
 
     def __del__(self) -> None:
-        if not getattr(self, "_started", False) or sys.is_finalizing() or os.getpid() != self._pid:
+        if not getattr(self, "_started", False) or sys.is_finalizing() or self._inherited:
             return
         error = self._leave_now("closed_by_caller")
         self._executor.close()  # also when the collector finalised the plan first
@@ -202,7 +206,7 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
         try:
             return self._perform(resume, value)
         except BaseException as error:
-            if self._ended:
+            if self._ended or self._inherited:
                 raise
             return self._perform(self._plan.throw, error)  # a Ctrl-C in the driver itself, between two effects
         finally:
@@ -217,6 +221,8 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
                     return item
                 value, resume = self._executor.perform(item), self._plan.send
             except BaseException as error:  # relayed into the plan until it has ended
+                if self._inherited:
+                    raise
                 if self._ended:
                     self._settle(error)
                     raise
@@ -272,7 +278,7 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
             self._leave_now("cancelled")
             raise
         except BaseException as error:
-            if self._ended:
+            if self._ended or self._inherited:
                 raise
             return await self._perform(self._plan.throw, error)  # a Ctrl-C in the driver itself, between two effects
         finally:
@@ -289,6 +295,8 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
             except GeneratorExit:
                 raise
             except BaseException as error:
+                if self._inherited:
+                    raise
                 if self._ended:
                     self._settle(error)
                     if isinstance(error, StopIteration):

@@ -12,6 +12,7 @@ from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.hooks import HookSet
 from looplet.messages import Conversation, Message, MessageLog
+from looplet.prompt import Shown
 from looplet.state import SessionLog
 from looplet.telemetry.spans import RunTrace
 from looplet.tools import BaseToolRegistry
@@ -54,6 +55,8 @@ class RunScope:
     head: tuple[Message, ...] = ()
     """the messages that every request begins with: system prompt, text protocol"""
     log: MessageLog = field(default_factory=MessageLog)
+    shown: Shown = field(default_factory=Shown)
+    """the conversation as text, for hooks that get the `Prompt`"""
     task_message: Message | None = None
     """the message that shows the task"""
     briefing: list[str] = field(default_factory=list)
@@ -63,7 +66,8 @@ class RunScope:
     ending: str | None = None
     """the stop reason of a run that has ended"""
     gate_failures: Counter[tuple[int, str]] = field(default_factory=Counter)
-    call_ids: set[str] = field(default_factory=set)
+    call_ids: dict[str, int] = field(default_factory=dict)
+    """the ids of the run's calls, and how often each was proposed"""
     model_calls: int = 0
     parse_failures: int = 0
     """replies in a row that held no tool call"""
@@ -92,11 +96,12 @@ class RunScope:
     def unique_call_id(self, proposed: str, number: int) -> str:
         """Return `proposed`, or an id like it that this run has not used."""
         name = base = proposed or f"call_{number}"
-        again = 1
+        again = self.call_ids.get(base, 1)
         while name in self.call_ids:
             again += 1
             name = f"{base}_{again}"
-        self.call_ids.add(name)
+        self.call_ids[base] = again
+        self.call_ids.setdefault(name, 1)
         return name
 
     def result(self, ending: str) -> RunResult:

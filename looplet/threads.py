@@ -73,11 +73,12 @@ class Job:
 class Worker:
     """One daemon thread and its queue."""
 
-    __slots__ = ("_abandoned", "_jobs")
+    __slots__ = ("_abandoned", "_jobs", "_pid")
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._abandoned = False
+        self._pid = os.getpid()
         threading.Thread(target=self._work, name="looplet-worker", daemon=True).start()
 
     def submit(self, job: Job) -> None:
@@ -102,7 +103,7 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             job.run()
             del job  # an idle thread keeps nothing alive
-            if self._abandoned:
+            if self._abandoned or os.getpid() != self._pid:  # a tool has forked: nobody will give the child more to do
                 return
 
 

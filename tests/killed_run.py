@@ -143,7 +143,7 @@ def main():
         else:
             child = start(folder / str(number), number, int(dice.uniform(0, MAX_EVENTS)))
         _, status = os.waitpid(child, 0)
-        print(number, -os.waitstatus_to_exitcode(status))
+        sys.stdout.write(f"{number} {-os.waitstatus_to_exitcode(status)}\n")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ from opentelemetry import trace as trace_api
 
 import looplet
 from looplet import (
-    Deny,
     EvalContext,
     ProvenanceSink,
     Step,
@@ -178,57 +173,6 @@ def python(*arguments: object, cwd: Path | None = None, **more: str) -> subproce
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, encoding="utf-8", errors="replace", timeout=120
     )
-
-
-@contextmanager
-def canned(body: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = (), kind: str = "application/json"):
-    """Serve one answer to every request, whatever it is: for what a scripted server would never say."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            for name, value in (*headers, ("Content-Type", kind), ("Content-Length", str(len(raw)))):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class Closing:
-    """Closes the run's backend at the end of the run."""
-
-    def __init__(self, is_async: bool) -> None:
-        if is_async:
-            self.on_loop_end = self.aclose
-
-    def on_loop_end(self, state, log, context, llm):
-        llm.close()
-
-    async def aclose(self, state, log, context, llm):
-        await llm.aclose()
-
-
-class Gate:
-    """Denies one call and rejects the first ending."""
-
-    def pre_dispatch(self, state, log, tool_call, step):
-        return Deny("not that one") if tool_call.args.get("name") == "secret" else None
-
-    def check_done(self, state, log, context, step):
-        return None if any(s.tool_call.tool == "done" for s in state.steps) else "cite a source"
 
 
 class CountingProvider(trace_api.TracerProvider):

@@ -71,5 +71,5 @@ def test_a_misspelt_name_gets_a_hint():
 
 
 def test_a_name_like_no_other_gets_no_hint():
-    with pytest.raises(AttributeError, match="no attribute 'zzz'$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
         looplet.zzz  # noqa: B018

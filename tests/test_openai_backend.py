@@ -15,11 +15,23 @@ from typing import Any
 import openai
 import pytest
 from opentelemetry import context as otel_context
-from support import Closing, Gate, add, both, canned, look, make_tools, run_async, run_sync
+from provider_support import (
+    EVERY_STEP,
+    EVERYTHING,
+    HELLO,
+    Gate,
+    askers,
+    calling,
+    canned,
+    failed,
+    gist,
+    name_of_fault,
+    over_the_socket,
+)
+from support import add, both, look, make_tools, run_async, run_sync
 
 from looplet import (
     AsyncOpenAIBackend,
-    BackendError,
     ConfigError,
     ContextOverflow,
     Conversation,
@@ -41,7 +53,6 @@ from looplet.prices import priced
 from looplet.telemetry import semconv
 from looplet.testing import Answer, Fault, OpenAIServer
 
-HELLO = [Message.of_text("user", "hello there")]
 NOWHERE = "http://127.0.0.1:9/v1"
 
 
@@ -51,32 +62,13 @@ def clean_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def ask_sync(url: str, messages=HELLO, *, backend=(), times: int = 1, **settings: Any) -> Any:
-    """Return the last of `times` replies."""
-    with OpenAIBackend(base_url=url, **{"model": "gpt", "max_retries": 0, **dict(backend)}) as llm:
-        return [llm.chat(messages, **settings) for _ in range(times)][-1]
-
-
-def ask_async(url: str, messages=HELLO, *, backend=(), times: int = 1, **settings: Any) -> Any:
-    async def main() -> Any:
-        async with AsyncOpenAIBackend(base_url=url, **{"model": "gpt", "max_retries": 0, **dict(backend)}) as llm:
-            return [await llm.chat(messages, **settings) for _ in range(times)][-1]
-
-    return asyncio.run(main())
-
-
-sync_and_async = pytest.mark.parametrize("ask", [ask_sync, ask_async], ids=["sync", "async"])
+KINDS = (OpenAIBackend, AsyncOpenAIBackend)
+sync_and_async = askers(OpenAIBackend, AsyncOpenAIBackend, model="gpt", max_retries=0)
 classes = pytest.mark.parametrize("make", [OpenAIBackend, AsyncOpenAIBackend])
 
 
 def completion(message: Any, **more: Any) -> dict[str, Any]:
     return {"id": "r1", "model": "m1", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], **more}
-
-
-def failed(ask, url: str, **settings: Any) -> BackendError:
-    with pytest.raises(BackendError) as caught:
-        ask(url, **settings)
-    return caught.value
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -182,10 +174,6 @@ def test_both_backends_take_the_same_settings_and_the_same_request():
 
 def result(call_id: str, response: Any) -> Message:
     return Message.of_result(call_id, response)
-
-
-def calling(*calls: ToolCall, **more: Any) -> Message:
-    return Message.of_reply(Reply(tool_calls=calls, **more))
 
 
 @sync_and_async
@@ -422,10 +410,6 @@ def test_usage_of_odd_shapes_counts_what_can_be_counted(ask):
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
-def told(error: BackendError) -> tuple[Any, ...]:
-    return (error.status, error.kind, error.retryable, error.retry_after_s)
-
-
 @sync_and_async
 @pytest.mark.parametrize(
     ("fault", "expected", "words"),
@@ -451,14 +435,12 @@ def told(error: BackendError) -> tuple[Any, ...]:
         (Fault.malformed(), (None, "bad_response", True, None), ["broken JSON"]),
         (Fault.cut(), (None, "network", True, None), ["cannot reach", "OPENAI_BASE_URL"]),
     ],
-    ids=lambda value: (
-        getattr(value, "kind", "") + str(getattr(value, "status", "")) if isinstance(value, Fault) else ""
-    ),
+    ids=name_of_fault,
 )
 def test_a_fault_becomes_an_error_with_the_providers_words_and_what_to_do(ask, fault, expected, words):
     with OpenAIServer(policy=lambda _: fault) as server:
         error = failed(ask, server.base_url)
-    assert told(error) == expected
+    assert gist(error) == expected
     assert [word for word in words if word not in str(error)] == []
 
 
@@ -475,7 +457,7 @@ def test_a_request_longer_than_the_window_is_a_context_overflow(ask, fault):
     with OpenAIServer(policy=lambda _: fault) as server:
         error = failed(ask, server.base_url)
     assert isinstance(error, ContextOverflow)
-    assert told(error) == (fault.status, "context_overflow", False, None)
+    assert gist(error) == (fault.status, "context_overflow", False, None)
     assert fault.message.rstrip(".") in str(error)
 
 
@@ -483,7 +465,7 @@ def test_a_request_longer_than_the_window_is_a_context_overflow(ask, fault):
 def test_no_answer_in_time_is_a_timeout(ask):
     with OpenAIServer(policy=lambda _: Fault.slow(60, "late")) as server:
         error = failed(ask, server.base_url, backend={"timeout_s": 0.05})
-    assert told(error) == (None, "timeout", True, None)
+    assert gist(error) == (None, "timeout", True, None)
     assert "timeout_s=" in str(error)
 
 
@@ -492,7 +474,7 @@ def test_a_server_that_is_not_there_is_a_network_error_that_names_the_cause(ask)
     with OpenAIServer() as server:
         url = server.base_url
     error = failed(ask, url)
-    assert told(error) == (None, "network", True, None)
+    assert gist(error) == (None, "network", True, None)
     assert url in str(error)
     assert "refused" in str(error) or "attempts failed" in str(error)
 
@@ -574,7 +556,7 @@ def test_whatever_a_client_raises_is_a_backend_error(ask):
         error = failed(ask, server.base_url, seed=object())
         with pytest.raises(ConfigError, match="stream"):
             ask(server.base_url, stream=True)
-    assert told(error) == (None, "backend_error", False, None)
+    assert gist(error) == (None, "backend_error", False, None)
 
 
 @sync_and_async
@@ -618,7 +600,7 @@ def test_what_is_remembered_belongs_to_one_model(ask):
             await llm.chat(HELLO, temperature=0.2)
 
     with OpenAIServer(policy=policy) as server:
-        if ask is ask_async:
+        if ask.__name__ == "ask_async":
             asyncio.run(main(server))
         else:
             with OpenAIBackend(base_url=server.base_url, model="gpt", max_retries=0) as llm:
@@ -708,47 +690,12 @@ def test_an_async_backend_works_in_one_event_loop_after_another():
 # --- through the loop -----------------------------------------------------------------------------------------------
 
 
-EVERYTHING = [
-    Answer("I add first.", [("add", {"a": 1, "b": 2})], Usage(100, 10, 40, 4), id="resp-1", model="m-2026"),
-    [("look", {"name": "x"}), ("look", {"name": "y"}), ("look", {"name": "z"})],
-    "I have nothing to call.",
-    [("look", {"name": "secret"}), ("boom", {}), ("no.such tool", {})],
-    [("add", '{"a": 1, ')],
-    [("done", {"answer": "too early"}), ("add", {"a": 2, "b": 2})],
-    [("done", {"answer": "3"}), ("look", {"name": "too late"})],
-]
-
-
-def over_the_socket(stack: ExitStack, policy: Any, servers: list[OpenAIServer], **more: Any):
-    def make(is_async):
-        server = stack.enter_context(OpenAIServer(policy=policy))
-        servers.append(server)
-        kind = AsyncOpenAIBackend if is_async else OpenAIBackend
-        llm = kind(base_url=server.base_url, model="m", max_retries=0)
-        hooks = [Gate(), Closing(is_async)]
-        return {"llm": llm, "task": {"goal": "g"}, "tools": make_tools(), "hooks": hooks, "system_prompt": "s", **more}
-
-    return make
-
-
 def test_a_conversation_stays_valid_whatever_happens_in_it():
     servers: list[OpenAIServer] = []
     with ExitStack() as stack:
-        outcome = both(over_the_socket(stack, EVERYTHING, servers))
+        outcome = both(over_the_socket(stack, OpenAIServer, KINDS, EVERYTHING, servers, hooks=[Gate()]))
     assert outcome.stop_reason == "done"
-    assert [(s.tool_call.tool, s.tool_result.error is None) for s in outcome.steps] == [
-        ("add", True),
-        ("look", True),
-        ("look", True),
-        ("look", True),
-        ("look", False),
-        ("boom", False),
-        ("no.such tool", False),
-        ("add", False),
-        ("done", False),
-        ("add", True),
-        ("done", True),
-    ]
+    assert [(s.tool_call.tool, s.tool_result.error is None) for s in outcome.steps] == EVERY_STEP
     assert "not valid JSON" in outcome.steps[7].tool_result.error
     assert [len(server.requests) for server in servers] == [7, 7]
     assert [r.body for r in servers[0].requests] == [r.body for r in servers[1].requests]
@@ -757,7 +704,7 @@ def test_a_conversation_stays_valid_whatever_happens_in_it():
 def test_the_chat_span_tells_model_server_and_usage():
     servers: list[OpenAIServer] = []
     with ExitStack() as stack:
-        outcome = both(over_the_socket(stack, EVERYTHING, servers))
+        outcome = both(over_the_socket(stack, OpenAIServer, KINDS, EVERYTHING, servers, hooks=[Gate()]))
         port = int(servers[0].base_url.split(":")[2].split("/")[0])
     first = outcome.trace.find("chat *")[0]
     expected = {
@@ -781,7 +728,7 @@ def test_the_chat_span_tells_model_server_and_usage():
 def test_a_provider_error_ends_the_run_in_order(run, tmp_path):
     policy = [[("add", {"a": 1, "b": 2})], Fault.unauthorized()]
     with ExitStack() as stack:
-        outcome = run(over_the_socket(stack, policy, []), tmp_path)
+        outcome = run(over_the_socket(stack, OpenAIServer, KINDS, policy, []), tmp_path)
     assert (outcome.stop_reason, outcome.raised) == ("llm_error", None)
     assert "OPENAI_API_KEY" in outcome.steps[-1].tool_result.error
     assert outcome.trace.find("chat *")[-1].attributes[semconv.ERROR_TYPE] == "auth"
@@ -792,7 +739,8 @@ def test_plain_text_calls_work_over_chat_too():
     servers: list[OpenAIServer] = []
     policy = ['{"tool": "add", "args": {"a": 1, "b": 2}}', '{"tool": "done", "args": {"answer": "x"}}'] * 2
     with ExitStack() as stack:
-        outcome = both(over_the_socket(stack, policy, servers, config=LoopConfig(use_native_tools=False)))
+        settings = {"hooks": [Gate()], "config": LoopConfig(use_native_tools=False)}
+        outcome = both(over_the_socket(stack, OpenAIServer, KINDS, policy, servers, **settings))
     assert [s.tool_call.tool for s in outcome.steps] == ["add", "done", "add", "done"]
     last = servers[0].requests[1].body
     assert "tools" not in last

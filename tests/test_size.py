@@ -10,6 +10,7 @@ import pytest
 
 from looplet import Message, ProvenanceSink, Trace, composable_loop, tool, tools_from
 from looplet.messages import encode
+from looplet.prompt import render
 from looplet.telemetry import semconv
 from looplet.testing import ScriptedBackend
 
@@ -141,3 +142,17 @@ def test_every_request_can_be_told_from_what_was_written_once(traces):
 def test_references_stay_short_however_the_conversation_changes(traces):
     for trace in traces.values():
         assert max(len(chat.attributes[semconv.INPUT_REFS]) for run in trace.runs for chat in run.chats) <= REFERENCES
+
+
+def test_hooks_are_shown_the_whole_request_however_the_conversation_changes():
+    class Looks:
+        def pre_prompt(self, state, log, prompt, step):
+            shown.append((str(prompt), render(prompt.messages)))
+
+    for way in (Truncates, Briefs, Prunes):
+        shown = []
+        tools = tools_from([read], include_done=True)
+        for _ in composable_loop(script(12), {"goal": "read"}, tools, hooks=[way(), Looks()], max_steps=13):
+            pass
+        assert [text for text, _ in shown] == [text for _, text in shown]
+        assert len(shown) == 13

@@ -19,7 +19,8 @@ from looplet.messages import Message
 from looplet.prices import priced
 from looplet.types import Reply
 
-SAMPLING: Final = ("temperature", "top_p", "top_k")
+IN_BODY: Final = ("temperature", "top_p", "top_k", "thinking")
+"""parameters of the API that some versions of the package have no argument for, older ones or newer ones"""
 
 
 class _AnthropicBackend(ClientBackend):
@@ -103,12 +104,10 @@ class AsyncAnthropicBackend(_AnthropicBackend, AsyncClientBackend):
 
 
 def _for_any_version(request: Wire) -> Wire:
-    """Return the request without the arguments that newer packages do not know and older models still take."""
-    sampling = {name: value for name, value in request.items() if name in SAMPLING}
-    if not sampling:
-        return request
-    rest = {name: value for name, value in request.items() if name not in SAMPLING}
-    return {**rest, "extra_body": {**sampling, **(request.get("extra_body") or {})}}
+    """Return the arguments of `create` for the request, such that any version of the package takes them."""
+    arguments = {name: value for name, value in request.items() if name not in IN_BODY}
+    body = {name: value for name, value in request.items() if name in IN_BODY}
+    return {**arguments, "extra_body": {**body, **(request.get("extra_body") or {})}} if body else arguments
 
 
 def _untraced(client: Any) -> Any:

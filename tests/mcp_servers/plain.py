@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anyio
 from mcp.server.mcpserver import Context, Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import (
@@ -91,17 +90,6 @@ def pid() -> str:
 
 
 @server.tool(structured_output=False)
-async def slow(note: str) -> str:
-    """Answer after a very long time; write to the file `note` when cancelled."""
-    try:
-        await anyio.sleep(60)
-    except BaseException as error:
-        Path(note).write_text(type(error).__name__)
-        raise
-    return "late"
-
-
-@server.tool(structured_output=False)
 def die(note: str) -> str:
     """Write to the file `note`, complain, and die before answering."""
     with Path(note).open("a") as file:
@@ -120,13 +108,10 @@ def noisy() -> str:
 
 
 @server.tool("dotted.name/with-more", structured_output=False)
-def dotted(ctx_: int, self_: str = "") -> str:
+def dotted() -> str:
     """Have a name that providers refuse."""
     return "dotted"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        server.run("streamable-http", port=int(sys.argv[1]))
-    else:
-        server.run("stdio")
+    server.run("stdio")
