@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from looplet.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
@@ -42,6 +44,10 @@ class LoopConfig:
     """further keyword arguments of every model call"""
     approval_handler: Callable[[str, list[str]], str | None] | None = None
     """answers `ctx.approve(prompt, options)` of tools"""
+
+    def __post_init__(self) -> None:
+        if self.redact is not None and not callable(self.redact):
+            raise ConfigError(f"redact must be a function from str to str, not {type(self.redact).__name__}")
 
     @property
     def ending_tools(self) -> frozenset[str]:

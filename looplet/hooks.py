@@ -102,6 +102,8 @@ class HookSet:
         found = {name: f for name in (*STEERING, OBSERVING) if callable(f := getattr(hook, name, None))}
         if not found and not hasattr(hook, SINK):
             raise ConfigError(_no_method(hook))
+        if slip := _misspelt(hook):
+            raise ConfigError(slip)
         for name, function in found.items():
             bound = BoundMethod(_name(hook), name, function, index, name == "check_done" and _takes_call(function))
             (self.observers if name == OBSERVING else self._methods[name]).append(bound)
@@ -120,6 +122,17 @@ def _takes_call(function: Callable[..., Any]) -> bool:
         return "tool_call" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # no signature to be had
         return False
+
+
+def _misspelt(hook: Any) -> str:
+    """Return what to say of a method that is almost a hook method: a guard that is never asked is no guard."""
+    from difflib import get_close_matches
+
+    known = (*STEERING, OBSERVING)
+    for name in vars(type(hook)):
+        if name not in known and not name.startswith("_") and get_close_matches(name, known, n=1, cutoff=0.9):
+            return f"hook {_name(hook)} has a method {name!r}{did_you_mean(name, known)}"
+    return ""
 
 
 def _no_method(hook: Any) -> str:

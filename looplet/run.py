@@ -171,6 +171,9 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
     def __iter__(self) -> Self:
         return self
 
+    def __aiter__(self) -> Self:
+        raise ConfigError("this run is for `for`; for `async for`, make it with async_composable_loop(...)")
+
     def __next__(self) -> Step:
         if self._ended:
             raise StopIteration
@@ -234,6 +237,9 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
 
     def __aiter__(self) -> Self:
         return self
+
+    def __iter__(self) -> Self:
+        raise ConfigError("this run is for `async for`; for `for`, make it with composable_loop(...)")
 
     async def __anext__(self) -> Step:
         if self._ended:

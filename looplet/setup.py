@@ -51,6 +51,7 @@ def make_scope(
 ) -> RunScope:
     """Check the arguments and put a run together; raises ConfigError that says what to write instead."""
     _check(task, tools, hooks, config, stream)
+    _check_objects(state, system_prompt, tracer_provider)
     settings = _settings(config, max_steps, system_prompt, state)
     hook_list = list(hooks or ())
     above = _recorder_above()
@@ -129,6 +130,15 @@ def _check(task: Any, tools: Any, hooks: Any, config: Any, stream: Any) -> None:
         raise ConfigError(f"config must be a LoopConfig, not {type(config).__name__}")
     if stream is not None:
         raise ConfigError("stream= is not available yet; iterate over the steps")
+
+
+def _check_objects(state: Any, system_prompt: Any, tracer_provider: Any) -> None:
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise ConfigError(f"system_prompt must be a str, not {type(system_prompt).__name__}")
+    if state is not None and not isinstance(getattr(state, "steps", None), list):
+        raise ConfigError(f"state must have a list `steps`, like DefaultState(); {type(state).__name__} has none")
+    if tracer_provider is not None and not callable(getattr(tracer_provider, "get_tracer", None)):
+        raise ConfigError(f"tracer_provider must be a TracerProvider, not {type(tracer_provider).__name__}")
 
 
 def _settings(config: LoopConfig | None, max_steps: int | None, system_prompt: str | None, state: Any) -> LoopConfig:

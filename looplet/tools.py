@@ -97,6 +97,8 @@ class ToolSpec:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", self.name):
             raise ConfigError(f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-'")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ConfigError(f"tool {self.name!r}: timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
         inferred = function_parameters(self.execute)
         put = partial(object.__setattr__, self)
         put("_signature", inferred if self.parameters is None else declared_parameters(dict(self.parameters)))
@@ -271,7 +273,9 @@ def tools_from(
     done_name: str = "done",
     done_parameters: Mapping[str, Any] | None = None,
 ) -> BaseToolRegistry:
-    """Build a registry out of functions and `ToolSpec`s."""
+    """Build a registry out of functions and `ToolSpec`s; raises ConfigError when it is given something else."""
+    if callable(specs) or not isinstance(specs, Iterable):
+        raise ConfigError(f"tools_from takes a list of tools: tools_from([{getattr(specs, 'name', '...')}])")
     registry = BaseToolRegistry()
     for spec in specs:
         registry.register(spec)

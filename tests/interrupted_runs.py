@@ -69,9 +69,7 @@ class Hook:
 def make(sink, kind, steps=STEPS):
     script = [CALLS.get(kind, ("add", {"a": 1, "b": 2}))] * steps + [DONE]
     is_async = kind == "async for"
-    loop, backend = (
-        (async_composable_loop, AsyncScriptedBackend) if is_async else (composable_loop, ScriptedBackend)
-    )
+    loop, backend = (async_composable_loop, AsyncScriptedBackend) if is_async else (composable_loop, ScriptedBackend)
     return loop(backend(script), {"goal": "g"}, TOOLS, hooks=[Hook(), sink], max_steps=3 * STEPS)
 
 
@@ -148,7 +146,16 @@ def next_run_works(sink):
 
 def interrupt_many(folder, seed, count):
     dice, counts = random.Random(seed), Counter()
-    names = ("interrupted", "late", "current", "spans left open", "not whole", "damaged", "next run failed", "swallowed")
+    names = (
+        "interrupted",
+        "late",
+        "current",
+        "spans left open",
+        "not whole",
+        "damaged",
+        "next run failed",
+        "swallowed",
+    )
     counts.update(dict.fromkeys(names, 0))
     sys.unraisablehook = lambda caught: counts.update(["swallowed"])  # in a finaliser Python drops interrupts
     signal.signal(signal.SIGALRM, signal.default_int_handler)

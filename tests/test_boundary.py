@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from looplet import ConfigError, LoopConfig, ProvenanceSink
 from looplet.boundary import WITHHELD, Boundary
 
 Point = namedtuple("Point", "x y")
@@ -118,6 +119,13 @@ def test_a_redactor_that_fails_withholds_the_text(broken, caplog):
     assert Boundary(broken).clean(["secret"]) == [WITHHELD]
     assert "redactor failed" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_a_redactor_that_is_no_function_is_refused_where_it_is_given(tmp_path):
+    with pytest.raises(ConfigError, match="redact must be a function"):
+        ProvenanceSink(tmp_path, redact="secret")
+    with pytest.raises(ConfigError, match="redact must be a function"):
+        LoopConfig(redact=["secret"])
 
 
 def test_redactors_are_applied_in_order():

@@ -285,9 +285,7 @@ def test_aclose_from_another_task_while_a_step_is_awaited(place, kind):
             return await super().chat(messages)
 
     async def main():
-        run = place.run(
-            True, llm=Backend([("work", {}), DONE]), tools=[async_work if kind == "async tool" else work]
-        )
+        run = place.run(True, llm=Backend([("work", {}), DONE]), tools=[async_work if kind == "async tool" else work])
         step = asyncio.ensure_future(anext(run))
         while not begun.is_set():
             await asyncio.sleep(0)

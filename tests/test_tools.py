@@ -50,6 +50,10 @@ def test_the_registry_refuses_two_tools_of_one_name_and_bad_names():
         registry.tool(name="x")(lambda: 2)
     with pytest.raises(ConfigError, match="letters, digits"):
         ToolSpec("no spaces", "", {}, lambda: 1)
+    with pytest.raises(ConfigError, match="more than 0 seconds"):
+        ToolSpec("x", "", {}, lambda: 1, timeout_s=-1)
+    with pytest.raises(ConfigError, match=r"takes a list of tools"):
+        tools_from(lambda: 1)
     assert "x" in registry
     assert len(registry) == 1
 

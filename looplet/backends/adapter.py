@@ -30,6 +30,7 @@ from looplet.tools import BaseToolRegistry
 from looplet.types import Reply, ToolCall, Usage
 
 PROTOCOLS: Final = ("chat", "generate_with_tools", "generate")
+_CLIENTS: Final = {"openai": "OpenAIBackend", "anthropic": "AnthropicBackend"}
 DEFAULT_MAX_TOKENS: Final = 2000
 """for backends whose `max_tokens` has no default"""
 
@@ -177,6 +178,10 @@ def _protocol_of(llm: Any, *, native: bool) -> str:
             native or name != "generate_with_tools" or not hasattr(llm, "generate")
         ):
             return name
+    maker = type(llm).__module__.partition(".")[0]
+    if isinstance(llm, str) or maker in _CLIENTS:
+        write = f"{_CLIENTS.get(maker, 'OpenAIBackend')}({f'model={llm!r}' if isinstance(llm, str) else 'client=..., model=...'})"
+        raise ConfigError(f"llm= takes a backend, not {type(llm).__name__}: pass {write}")
     public = [name for name in dir(llm) if not name.startswith("_")]
     hint = next((h for name in public if (h := did_you_mean(name, PROTOCOLS))), "")
     raise ConfigError(

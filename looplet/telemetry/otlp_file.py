@@ -236,6 +236,10 @@ def _items(data: bytes, path: str) -> Iterator[tuple[int, Any] | Problem]:
 
 
 def _damaged(problem: Problem, path: str) -> TraceError:
+    if problem.line == 1:
+        return TraceError(
+            f"{problem.message}: is this a trace file? One holds a JSON document in each line", path=path, line=1
+        )
     advice = "only a torn last line can be skipped; delete this line if what it said can be lost"
     return TraceError(f"{problem.message}: {advice}", path=path, line=problem.line)
 

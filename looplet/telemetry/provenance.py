@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from looplet.boundary import Boundary
-from looplet.errors import TraceError
+from looplet.errors import ConfigError, TraceError
 from looplet.hooks import SINK
 from looplet.telemetry import semconv
 from looplet.telemetry.folder import clear_folder, write_folder
@@ -55,6 +55,8 @@ class ProvenanceSink:
         redact_upstream: bool = True,
         fsync: bool = False,
     ) -> None:
+        if redact is not None and not callable(redact):
+            raise ConfigError(f"redact must be a function from str to str, not {type(redact).__name__}")
         self.dir = Path(dir)
         self.redact = redact
         self.redact_upstream = redact_upstream
