@@ -66,6 +66,7 @@ def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effe
     """Decide about each call: as it is, rewritten, answered already, or refused."""
     with turn.phase(semconv.PRE_DISPATCH) as phase:
         for item in pending:
+            _name_arguments(run, item)
             yield from _admit(run, phase, item)
             yield from _permit(run, phase, item)
             if item.result is None:
@@ -167,6 +168,9 @@ def _is_concurrent(run: RunScope, call: ToolCall) -> bool:
 
 
 def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
+    if run.stop is not None:  # said about a neighbour in the same batch
+        _refuse_stopped(run, item)
+        return
     for bound in run.hooks.of("pre_dispatch"):
         decision = yield from consult(run, phase, bound, run.state, run.session_log, item.call, item.number)
         if decision.updated_args is not None:
@@ -176,7 +180,7 @@ def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
         elif decision.is_block():
             _deny(run, item, decision.block, decision.retry)
         elif decision.stop is not None:
-            item.result = failure(item.call, ToolError(f"not run: the run is stopped: {decision.stop}"))
+            _refuse_stopped(run, item)
         if item.result is not None:
             return
 
@@ -190,6 +194,8 @@ def _permit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
             item.call = replace(item.call, args=decision.updated_args)
         if decision.is_block():
             _deny(run, item, decision.block, decision.retry)
+        elif decision.stop is not None:
+            _refuse_stopped(run, item)
 
 
 def _deny(run: RunScope, item: Pending, reason: str | None, retry: bool) -> None:
@@ -209,11 +215,21 @@ def _reject(item: Pending, reason: str) -> None:
     )
 
 
+def _name_arguments(run: RunScope, item: Pending) -> None:
+    """Put the arguments under the names that the tool will get, so that gates judge what will run."""
+    spec = run.tools.get(item.call.tool)
+    if spec is not None and (named := spec.named(item.call.args)) != item.call.args:
+        item.call = replace(item.call, args=named)
+
+
+def _refuse_stopped(run: RunScope, item: Pending) -> None:
+    item.result = failure(item.call, ToolError(f"not run: the run is stopped: {run.stop}"))
+
+
 def _validate(run: RunScope, item: Pending) -> None:
     try:
         spec = run.tools.find(item.call.tool)
-        if spec.aliases:
-            item.call = replace(item.call, args=spec.rename(item.call.args))
+        _name_arguments(run, item)  # a hook may have written new ones
         item.arguments = spec.arguments(item.call.args)
         run.tools.needed(spec)
         item.spec = spec

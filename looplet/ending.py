@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -14,7 +14,7 @@ from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
 from looplet.state import SessionLog, entry_of
 from looplet.telemetry import attributes, semconv
-from looplet.telemetry.recorder import error_name
+from looplet.telemetry.recorder import Recorder, count_drop, error_name
 from looplet.telemetry.spans import NORMAL_ENDINGS, Phase
 
 FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_body", "interpreter_exit"})
@@ -27,7 +27,7 @@ def record_ending(run: RunScope) -> Iterator[Phase]:
     trace, recorder = run.trace, run.trace.recorder
     try:
         for sink in recorder.sinks:
-            sink.attach(recorder)
+            _guarded(sink.attach, recorder)
         with trace.run(_identity(run)) as root:
             try:
                 yield root
@@ -45,7 +45,14 @@ def record_ending(run: RunScope) -> Iterator[Phase]:
             trace.durable()
         finally:
             for sink in recorder.sinks:
-                sink.detach(recorder)
+                _guarded(sink.detach, recorder)
+
+
+def _guarded(tell: Callable[[Recorder], None], recorder: Recorder) -> None:
+    try:
+        tell(recorder)
+    except Exception as error:  # noqa: BLE001 - a sink must not end a run
+        count_drop("sink failed", repr(error))
 
 
 def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:

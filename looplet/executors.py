@@ -83,10 +83,15 @@ class SyncExecutor:
             self._loop = None
 
     def _await(self, value: Awaitable[Any], variables: ContextVars, timeout_s: float | None) -> Any:
-        with self._starting:  # parallel calls must not start two loops
-            if self._loop is None:
-                self._loop = PrivateLoop()
-        return self._loop.run(value, variables, timeout_s)
+        try:
+            with self._starting:  # parallel calls must not start two loops
+                if self._loop is None:
+                    self._loop = PrivateLoop()
+                loop = self._loop
+        except BaseException:  # Ctrl-C; or no more threads
+            discard(value)
+            raise
+        return loop.run(value, variables, timeout_s)
 
     def _gather(self, plans: tuple[Effects[Any], ...]) -> list[Any]:
         batch = _Batch(self.perform)

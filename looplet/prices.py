@@ -28,7 +28,9 @@ def priced(usage: Usage, model: str, provider_url: str, **more: int) -> Usage:
             **more,
         )
         price = calc_price(tokens, model, provider_api_url=provider_url)
-    except (LookupError, ValueError, TypeError):  # no such model; counts that do not add up; a count it does not know
+    except LookupError:
         _unpriced.add((model, provider_url))
+        return usage
+    except (ValueError, TypeError):  # counts that do not add up; a count it does not know
         return usage
     return replace(usage, cost_usd=float(price.total_price))

@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # the loop itself is loaded by the first run, so that importi
 
 ExecutorT = TypeVar("ExecutorT", SyncExecutor, AsyncExecutor)
 
-_open_runs: weakref.WeakSet[_Run[Any]] = weakref.WeakSet()
+_open_runs: dict[int, weakref.ref[_Run[Any]]] = {}
+"""by `id`; a WeakSet would run Python code whenever a run goes away, and lose the Ctrl-C that comes just then"""
 
 
 class _Run(Generic[ExecutorT]):
@@ -100,7 +101,7 @@ class _Run(Generic[ExecutorT]):
             raise ConfigError("this run is being iterated already; one step at a time")
         if not self._started:
             self._started = True
-            _open_runs.add(self)
+            _open_runs[id(self)] = weakref.ref(self)
         self._thread = threading.get_ident()
 
     @property
@@ -123,7 +124,7 @@ class _Run(Generic[ExecutorT]):
         """Note that the plan has ended."""
         if isinstance(error, StopIteration):
             self.result = error.value
-        _open_runs.discard(self)
+        _open_runs.pop(id(self), None)
         self._executor.close()
 
     def _nothing_to_leave(self, reason: str) -> bool:
@@ -160,7 +161,7 @@ class _Run(Generic[ExecutorT]):
         if not getattr(self, "_started", False) or sys.is_finalizing() or self._inherited:
             return
         error = self._leave_now("closed_by_caller")
-        self._executor.close()  # also when the collector finalised the plan first
+        self._settle(error)  # also when the collector finalised the plan first
         if error is not None:
             raise error  # Python reports it: "Exception ignored in ..."
 
@@ -381,16 +382,20 @@ def async_composable_loop(
     return AsyncRun(make_scope(llm, task, tools, sync=False, **settings), AsyncExecutor())
 
 
+def _runs_alive() -> list[_Run[Any]]:
+    return [run for reference in list(_open_runs.values()) if (run := reference()) is not None]
+
+
 @atexit.register
 def _leave_open_runs() -> None:
-    for run in list(_open_runs):
+    for run in _runs_alive():
         if (error := run._leave_now("interpreter_exit")) is not None:  # noqa: SLF001 - same module
             sys.excepthook(type(error), error, error.__traceback__)
 
 
 def _disown_runs() -> None:
     """In a forked child: the runs are the parent's, and nothing that happens to them here is recorded."""
-    for run in list(_open_runs):
+    for run in _runs_alive():
         run._scope.trace.recorder.disown()  # noqa: SLF001 - same module
     _open_runs.clear()
 

@@ -29,7 +29,6 @@ from looplet.telemetry.spans import RunTrace
 from looplet.tools import BaseToolRegistry
 
 CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
-_GONE: Final = {"MetricsCollector": "MetricsHook", "Tracer": "tracer_provider="}
 
 
 def make_scope(
@@ -123,9 +122,6 @@ def _check(task: Any, tools: Any, hooks: Any, config: Any, stream: Any) -> None:
         raise ConfigError(f"tools must be a BaseToolRegistry, not {type(tools).__name__}: tools=tools_from([...])")
     if hooks is not None and (isinstance(hooks, (str, bytes, Mapping)) or not isinstance(hooks, Sequence)):
         raise ConfigError(f"hooks must be a list of objects, not {type(hooks).__name__}: hooks=[MyHook()]")
-    for hook in hooks or ():
-        if (name := type(hook).__name__) in _GONE and not hasattr(hook, "on_phase_end"):
-            raise ConfigError(f"{name} is gone: use {_GONE[name]}")
     if config is not None and not isinstance(config, LoopConfig):
         raise ConfigError(f"config must be a LoopConfig, not {type(config).__name__}")
     if stream is not None:
@@ -215,10 +211,10 @@ def _trace(
         context=base,
         resource=getattr(provider, "resource", None) or default_resource(),
         scope=_scope(),
-        capture_content=captures_content(settings),
+        capture_content=captures_content(settings, above),
         ledger=Ledger(above.ledger if above is not None else None),
     )
-    return RunTrace(recorder, settings.agent_name, [bound.function for bound in hooks.observers], base)
+    return RunTrace(recorder, settings.agent_name, [bound.function for bound in hooks.observers])
 
 
 def _tracer(provider: Any) -> trace.Tracer | None:
@@ -229,8 +225,13 @@ def _tracer(provider: Any) -> trace.Tracer | None:
     return tracer
 
 
-def captures_content(settings: LoopConfig) -> bool:
-    """Tell whether the tracer provider may see what was said (GenAI conventions: off unless asked for)."""
+def captures_content(settings: LoopConfig, above: Recorder | None = None) -> bool:
+    """Tell whether the tracer provider may see what was said (GenAI conventions: off unless asked for).
+
+    A sub-agent captures no more than the run above it.
+    """
+    if above is not None and not above.captures:
+        return False
     if settings.capture_content is not None:
         return settings.capture_content
     return os.environ.get(CAPTURE_CONTENT, "").strip().lower() in ("span_only", "span_and_event", "true", "1")

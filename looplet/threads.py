@@ -20,13 +20,18 @@ _idle: list[Worker] = []
 
 
 class Job:
-    """A thunk that some thread runs; `result` waits for it."""
+    """A thunk that some thread runs; `outcome` says what came of it.
 
-    __slots__ = ("_callback", "_done", "_lock", "_thunk", "error", "value")
+    Waits on a plain lock: `threading.Event` is written in Python, and a Ctrl-C in the middle of it leaves it locked.
+    """
+
+    __slots__ = ("_callback", "_gate", "_is_done", "_lock", "_thunk", "error", "value")
 
     def __init__(self, thunk: Callable[[], Any]) -> None:
         self._thunk: Callable[[], Any] | None = thunk
-        self._done = threading.Event()
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._is_done = False
         self._lock = threading.Lock()
         self._callback: Callable[[], object] | None = None
         self.value: Any = None
@@ -45,23 +50,25 @@ class Job:
     def finish(self) -> None:
         """Mark the job as done and notify."""
         with self._lock:
-            self._done.set()
+            self._is_done = True
             callback = self._callback
+        self._gate.release()
         if callback is not None:
             callback()
 
     def notify(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, in whatever thread ends the job; at once if it has ended."""
         with self._lock:
-            if not self._done.is_set():
+            if not self._is_done:
                 self._callback = callback
                 return
         callback()
 
     def wait_done(self, timeout_s: float | None = None) -> None:
         """Wait until the job has ended; raises `CallTimeout` after `timeout_s` seconds."""
-        if not self._done.wait(timeout_s):
+        if not self._gate.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
             raise CallTimeout
+        self._gate.release()  # for whoever else waits
 
     def outcome(self) -> Any:
         """Return the value or raise the error of a job that is done."""

@@ -131,6 +131,14 @@ class ToolSpec:
             (self.aliases[k] if k in self.aliases and self.aliases[k] not in taken else k): v for k, v in args.items()
         }
 
+    def named(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments under the names that the function gets: aliases resolved, a bare value unwrapped."""
+        renamed = self.rename(args) if self.aliases else dict(args)
+        required = self._signature.required
+        if renamed.keys() == {"_raw_arg"} and "_raw_arg" not in self._signature.names and len(required) == 1:
+            return {required[0]: renamed["_raw_arg"]}
+        return renamed
+
     def bind(self, kwargs: dict[str, Any], ctx: ToolContext) -> Callable[[], Any]:
         """Return the call, ready to run."""
         return partial(self.execute, **kwargs, ctx=ctx) if self._accepts_ctx else partial(self.execute, **kwargs)

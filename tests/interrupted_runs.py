@@ -119,8 +119,8 @@ def interrupt_one(sink, kind, delay, counts):
         signal.setitimer(signal.ITIMER_REAL, delay)
         iterate(kind, runs)
         done = True
-        time.sleep(1)  # the interrupt is still to come
-    except KeyboardInterrupt:
+        time.sleep(0.05)  # the interrupt is still to come, unless a finaliser has swallowed it
+    except (KeyboardInterrupt, asyncio.CancelledError):  # asyncio.run mixes them up before its coroutine has begun
         pass
     counts["late" if done else "interrupted"] += 1
     counts["current"] += trace.get_current_span() is not trace.INVALID_SPAN
@@ -157,14 +157,15 @@ def interrupt_many(folder, seed, count):
         "swallowed",
     )
     counts.update(dict.fromkeys(names, 0))
-    sys.unraisablehook = lambda caught: counts.update(["swallowed"])  # in a finaliser Python drops interrupts
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    # In a finaliser or a weak reference's callback Python drops an interrupt.
+    sys.unraisablehook = lambda caught: counts.update({"swallowed": caught.exc_type is KeyboardInterrupt})
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     list(make(ProvenanceSink(folder / "warm"), "async tools", 1))
     for number in range(count):
         sink = ProvenanceSink(folder / str(number))
         interrupt_one(sink, KINDS[number % len(KINDS)], dice.uniform(0.00002, MAX_DELAY_S), counts)
         counts["next run failed"] += not next_run_works(sink)
-    print(json.dumps(counts))
+    sys.stdout.write(json.dumps(counts))
 
 
 def stuck_run(folder, kind):
@@ -202,7 +203,7 @@ def stuck_run(folder, kind):
         asyncio.run(main()) if kind == "under async for" else list(run)
     except KeyboardInterrupt:
         assert not release.is_set()
-        print(run.stop_reason)
+        sys.stdout.write(f"{run.stop_reason}\n")
     release.set()
 
 

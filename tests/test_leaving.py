@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import sys
 import threading
 import weakref
@@ -91,48 +92,57 @@ def go(run, body=lambda step: None):
     return steps
 
 
-def leave(run, style: str, body=lambda step: True):
-    """Leave a run in a `with` block, by closing it, or without a word: `run` makes it, so that nobody else holds it."""
+def anonymous(run, body):
+    for step in run():
+        if body(step):
+            break
 
-    async def anonymous():
-        async for step in run():
-            if body(step):
-                break
 
-    async def closed():
-        held = run()
-        async for step in held:
-            if body(step):
-                break
-        await held.aclose()
+def closed(run, body):
+    held = run()
+    for step in held:
+        if body(step):
+            break
+    held.close()
 
-    async def within():
-        async with run() as held:
-            async for step in held:
-                if body(step):
-                    break
 
-    is_async, style = style.split()
-    if is_async == "async":
-        asyncio.run({"anonymous": anonymous, "closed": closed, "with": within}[style]())
-    elif style == "anonymous":
-        for step in run():
-            if body(step):
-                break
-    elif style == "closed":
-        held = run()
+def within(run, body):
+    with run() as held:
         for step in held:
             if body(step):
                 break
-        held.close()
-    else:
-        with run() as held:
-            for step in held:
-                if body(step):
-                    break
 
 
-STYLES = [f"{kind} {style}" for kind in ("sync", "async") for style in ("anonymous", "closed", "with")]
+async def async_anonymous(run, body):
+    async for step in run():
+        if body(step):
+            break
+
+
+async def async_closed(run, body):
+    held = run()
+    async for step in held:
+        if body(step):
+            break
+    await held.aclose()
+
+
+async def async_within(run, body):
+    async with run() as held:
+        async for step in held:
+            if body(step):
+                break
+
+
+STYLES = [anonymous, closed, within, async_anonymous, async_closed, async_within]
+
+
+def leave(place, style, body=lambda step: True, **settings):
+    """Leave a run without a word, by closing it, or with a `with` block; nobody else holds it."""
+    is_async = style.__name__.startswith("async")
+    leaving = style(lambda: place.run(is_async, **settings), body)
+    if is_async:
+        asyncio.run(leaving)
 
 
 # --- by itself ------------------------------------------------------------------------------------------------------
@@ -163,8 +173,7 @@ def test_a_run_that_ends_by_itself(place, is_async, settings, reason):
 @pytest.mark.parametrize("style", STYLES)
 def test_a_run_that_is_left(place, style):
     ended = []
-    goodbye = hook(on_loop_end=lambda *args: ended.append("bye"))
-    leave(lambda: place.run(style.startswith("async"), hooks=[goodbye]), style)
+    leave(place, style, hooks=[hook(on_loop_end=lambda *args: ended.append("bye"))])
     place.whole("closed_by_caller")
     assert ended == ["bye"]
 
@@ -175,9 +184,9 @@ def test_an_exception_in_the_body(place, style):
         raise LookupError
 
     with pytest.raises(LookupError):
-        leave(lambda: place.run(style.startswith("async")), style, body)
+        leave(place, style, body)
     gc.collect()  # the run that nobody closed is in the traceback's frames until here
-    place.whole("exception_in_body" if style.endswith("with") else "closed_by_caller")
+    place.whole("exception_in_body" if style in (within, async_within) else "closed_by_caller")
 
 
 def test_close_twice_and_before_the_first_step(place):
@@ -409,39 +418,20 @@ def waits_in(where: str, begun: threading.Event, release: threading.Event):
         begun.set()
         release.wait(5)
 
-    @tool(name="work")
-    async def async_work() -> None:
-        """Wait."""
+    async def async_work():
         await stuck()
 
-    @tool(name="work", timeout_s=30)
-    async def timed_work() -> None:
-        """Wait."""
-        await stuck()
-
-    @tool(name="work")
-    def work() -> None:
-        """Wait."""
+    def work():
         stuck_thread()
 
-    @tool(name="work", concurrent_safe=True)
-    def parallel_work() -> None:
-        """Wait."""
-        stuck_thread()
-
-    backend = AsyncScriptedBackend([("work", {}), DONE])
-    tools = {"async tool": async_work, "timed tool": timed_work, "parallel tools": parallel_work}
-    settings = {"llm": backend, "tools": [tools.get(where, work)]}
-    if where == "parallel tools":
-        backend.replies[0] = [("work", {}), ("work", {})]
-    if where == "async backend":
-        settings["llm"] = type("Backend", (), {"chat": stuck})()
-    if where == "sync backend":
-        settings["llm"] = type("Backend", (), {"chat": stuck_thread})()
     if where.startswith("hook "):
-        settings["hooks"] = [hook(**{where.removeprefix("hook "): stuck})]
-        backend.replies = [ADD, DONE]
-    return settings
+        return {"replies": [ADD, DONE], "hooks": [hook(**{where.removeprefix("hook "): stuck})]}
+    if where.endswith("backend"):
+        return {"llm": type("Backend", (), {"chat": stuck if where == "async backend" else stuck_thread})()}
+    how = {"timed tool": {"timeout_s": 30}, "parallel tools": {"concurrent_safe": True}}.get(where, {})
+    waiting = async_work if where in ("async tool", "timed tool") else work
+    calls = [("work", {})] * (2 if where == "parallel tools" else 1)
+    return {"replies": [calls, DONE], "tools": [tool(name="work", description="Wait.", **how)(waiting)]}
 
 
 PLACES = ["async backend", "sync backend", "sync tool", "async tool", "timed tool", "parallel tools"]
@@ -763,8 +753,8 @@ def test_a_fork_inside_a_tool(tmp_path, how, is_async):
         dedent(tools)
         + indent(dedent(FORKS[how]), "    ")
         + dedent(f"""
-        loop, backend = [(composable_loop, ScriptedBackend), (async_composable_loop, AsyncScriptedBackend)][{is_async:d}]
-        run = make(loop, backend, [Goodbye()], [fork], [("fork", {{}}), DONE])
+        kinds = [(composable_loop, ScriptedBackend), (async_composable_loop, AsyncScriptedBackend)]
+        run = make(*kinds[{is_async:d}], [Goodbye()], [fork], [("fork", {{}}), DONE])
 
         async def main():
             return [step async for step in run]
@@ -821,17 +811,15 @@ def test_a_run_collected_while_the_sink_encodes_does_not_lock_up(tmp_path):
 
 
 def test_a_thousand_real_interrupts(tmp_path, capsys):
-    import json
-
     done = python(HERE / "interrupted_runs.py", tmp_path, 7, 1000)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     with capsys.disabled():
-        print(f"\ninterrupted: {found}")
+        sys.stdout.write(f"\ninterrupted: {found}\n")
     assert found["current"] == 0
     assert found["next run failed"] == 0
     assert found["interrupted"] >= 900
-    assert found["damaged"] + found["not whole"] <= 10
+    assert found["damaged"] + found["not whole"] + found["spans left open"] <= 10
 
 
 def test_ctrl_c_does_not_wait_for_stuck_tools(tmp_path):

@@ -3,7 +3,17 @@
 import pytest
 from support import both, make_tools, names_of
 
-from looplet import ConfigError, Deny, HookDecision, InjectContext, LoopConfig, ToolResult, composable_loop
+from looplet import (
+    ConfigError,
+    Deny,
+    HookDecision,
+    InjectContext,
+    LoopConfig,
+    ToolResult,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 
 
@@ -243,3 +253,76 @@ def test_config_is_never_changed():
     config = LoopConfig(max_steps=9)
     list(composable_loop(**script(DONE, config=config)(is_async=False), max_steps=3))
     assert config == LoopConfig(max_steps=9)
+
+
+def test_gates_judge_the_arguments_that_will_run():
+    seen = []
+
+    class Gate:
+        def check_permission(self, call, state):
+            seen.append(call.args)
+            return call.args.get("why") != "kaput"
+
+    outcome = both(script('{"tool": "boom", "args": "kaput"}', DONE, hooks=lambda: [Gate()]))
+    assert outcome.steps[0].tool_result.data is None
+    assert seen[0] in ({"_raw_arg": "kaput"}, {"why": "kaput"})
+
+    @tool
+    def remove(path: str) -> str:
+        """Remove a file."""
+        return path
+
+    class Paths:
+        def check_permission(self, call, state):
+            return call.args.get("path") != "/etc/passwd"
+
+    backend = ScriptedBackend(['{"tool": "remove", "args": "/etc/passwd"}', DONE])
+    steps = list(composable_loop(backend, {}, tools_from([remove], include_done=True), hooks=[Paths()]))
+    assert steps[0].tool_result.error == "Permission denied for tool 'remove'"
+
+
+@pytest.mark.parametrize("method", ["pre_dispatch", "check_permission"])
+def test_a_stop_from_a_gate_keeps_the_tool_and_its_neighbours_from_running(method):
+    class Stopper:
+        pass
+
+    setattr(Stopper, method, lambda self, *args: HookDecision(stop="enough"))
+    batch = [("look", {"name": "a"}), ("look", {"name": "b"})]
+    outcome = both(script(batch, DONE, hooks=lambda: [Stopper()]))
+    assert outcome.stop_reason == "enough"
+    assert outcome.trace.find("execute_tool *") == []
+    assert all("not run" in step.tool_result.error for step in outcome.steps)
+
+
+def test_a_sink_that_raises_everywhere_changes_nothing(caplog):
+    class Broken:
+        looplet_sink = property(lambda self: self)
+
+        def fail(self, *args):
+            raise OSError("sink broke")
+
+        attach = on_end = durable = detach = fail
+
+    steps = list(composable_loop(ScriptedBackend([ADD, DONE]), {}, make_tools(), hooks=[Broken()]))
+    assert [step.tool_result.error for step in steps] == [None, None]
+
+
+def test_a_sub_agent_of_a_quiet_run_inherits_redaction_and_ledger():
+    inner = ScriptedBackend([DONE])
+
+    @tool
+    def delegate(goal: str) -> str:
+        """Ask a sub-agent."""
+        list(composable_loop(inner, {"goal": "the secret"}, make_tools()))
+        return goal
+
+    config = LoopConfig(redact=lambda text: text.replace("secret", "[x]"))
+    run = composable_loop(
+        ScriptedBackend([("delegate", {"goal": "g"}), DONE]),
+        {},
+        tools_from([delegate], include_done=True),
+        config=config,
+    )
+    list(run)
+    assert inner.requests[0][0].text == "goal: the [x]"
+    assert run._scope.trace.recorder.ledger.total.input_tokens == 30

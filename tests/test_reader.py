@@ -150,3 +150,21 @@ def test_a_foreign_trace_in_the_conventions_can_be_judged(tmp_path, wrap):
     assert (context.stop_reason, context.completed) == ("unknown", False)
     (view,) = Trace.load(file).runs
     assert (view.agent, view.usage.input_tokens) == ("theirs", 12)
+
+
+def test_spans_that_are_each_others_parents_end():
+    from looplet.telemetry.otlp import decode_line
+
+    spans = [span("a", 1, 2), span("b", 2, 1), span("c", 3, 2)]
+    trace = Trace(decode_line(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()))
+    assert [root.name for root in trace.roots] == ["a"]
+    assert [node.name for node in trace.roots[0].descendants()] == ["b", "c"]
+
+
+def test_a_request_that_builds_on_itself_is_refused(tmp_path):
+    record(tmp_path)
+    file = tmp_path / "trace.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"0-2"', b'"1^2"'))
+    (run,) = Trace.load(tmp_path).runs
+    with pytest.raises(TraceError, match="builds on a later request"):
+        run.request(run.chats[1])

@@ -92,7 +92,7 @@ class Model:
         calls = tuple(_clean_call(call, boundary) for call in reply.tool_calls)
         text = clean(reply.text) if calls else _clean_text(reply.text, boundary, known)
         return Reply(
-            text, calls, usage, reply.model, reply.response_id, reply.finish_reason,
+            text, calls, usage, clean(reply.model), clean(reply.response_id), clean(reply.finish_reason),
             clean(reply.reasoning), boundary.clean(reply.metadata),
             tuple(clean_part(part, boundary.clean) for part in reply.parts),
         )  # fmt: skip
@@ -180,7 +180,8 @@ def _protocol_of(llm: Any, *, native: bool) -> str:
             return name
     maker = type(llm).__module__.partition(".")[0]
     if isinstance(llm, str) or maker in _CLIENTS:
-        write = f"{_CLIENTS.get(maker, 'OpenAIBackend')}({f'model={llm!r}' if isinstance(llm, str) else 'client=..., model=...'})"
+        given = f"model={llm!r}" if isinstance(llm, str) else "client=..., model=..."
+        write = f"{_CLIENTS.get(maker, 'OpenAIBackend')}({given})"
         raise ConfigError(f"llm= takes a backend, not {type(llm).__name__}: pass {write}")
     public = [name for name in dir(llm) if not name.startswith("_")]
     hint = next((h for name in public if (h := did_you_mean(name, PROTOCOLS))), "")

@@ -116,9 +116,10 @@ def of_result(result: ToolResult) -> Attributes:
     rest = result.to_dict()
     for name in ("data", "tool", "args_summary", "duration_ms", "call_id"):
         del rest[name]
+    said = {name: value for name, value in rest.items() if value not in (None, [], {})}
     if result.error is not None and result.data is not None:
-        rest["data"] = result.data
-    if said := {name: value for name, value in rest.items() if value not in (None, [], {})}:
+        said["data"] = result.data
+    if said:
         attributes[semconv.TOOL_RESULT] = encode(said).decode()
     return attributes
 

@@ -39,4 +39,5 @@ def _settings(run: RunScope) -> dict[str, Any]:
     """Return the settings that are values; the system prompt is the first message of the log."""
     settings = {f.name: getattr(run.config, f.name) for f in fields(run.config)}
     settings["max_steps"] = run.state.max_steps if hasattr(run.state, "max_steps") else run.config.max_steps
+    settings["generate_kwargs"] = sorted(run.config.generate_kwargs)  # the values may be keys and headers
     return {k: v for k, v in settings.items() if not callable(v) and k not in ("system_prompt", "tool_metadata")}

@@ -60,14 +60,14 @@ class OtlpFile:
             raise FileNotFoundError(errno.ENOENT, "the file was removed while it was written to", str(self.path))
         start = found.st_size
         data = self._glue + data
-        written = 0
+        written: list[int] = []  # bytes; `extend` notes them before a Ctrl-C during the system call can raise
         try:
-            while written < len(data):
-                written += os.write(fd, memoryview(data)[written:] if written else data)
+            while sum(written) < len(data):
+                written.extend(map(os.write, (fd,), (memoryview(data)[sum(written) :] if written else data,)))
             if self._fsync and self._is_file:
                 os.fsync(fd)
         except BaseException:
-            self._take_back(fd, start, written)
+            self._take_back(fd, start, sum(written))
             raise
         self._glue = b""
 

@@ -79,7 +79,8 @@ class SpanNode:
     @property
     def turn_number(self) -> int:
         """Return the turn, from 1; 0 outside one."""
-        return int(self.record.attributes.get(semconv.TURN_NUMBER, 0))
+        number = self.record.attributes.get(semconv.TURN_NUMBER, 0)
+        return number if isinstance(number, int) else 0
 
     def ancestors(self) -> Iterator[SpanNode]:
         """Yield the parent, its parent, and so on."""
@@ -125,6 +126,18 @@ class Trace:
             else:
                 node.parent = parent
                 parent.children.append(node)
+        self._cut_cycles()
+
+    def _cut_cycles(self) -> None:
+        """Make a root of a span that is its own ancestor: no writer makes one, but a file may hold it."""
+        reached = {id(node) for root in self.roots for node in (root, *root.descendants())}
+        for node in self.spans:
+            if id(node) not in reached:
+                assert node.parent is not None
+                node.parent.children.remove(node)
+                node.parent = None
+                self.roots.append(node)
+                reached |= {id(below) for below in (node, *node.descendants())}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

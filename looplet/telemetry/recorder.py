@@ -133,8 +133,9 @@ class Recorder:
         """trace id, flags and state of the run's first span, which the others share"""
         self.plain_trace_id: int | None = None
         """the trace id, where there is no trace state"""
-        self._capture = capture_content
-        self._base = set_value(RUN_KEY, self, context)
+        self.captures = capture_content
+        self.base = set_value(RUN_KEY, self, context)
+        """the context of the call, with the run in it"""
         self._clock = time_ns() - perf_counter_ns()
 
     def now(self) -> int:
@@ -168,7 +169,7 @@ class Recorder:
         return span
 
     def _place(self, span: RecordedSpan, parent: RecordedSpan | None, inner: Span | None) -> None:
-        above = trace.get_current_span(self._base).get_span_context() if parent is None else parent.context
+        above = trace.get_current_span(self.base).get_span_context() if parent is None else parent.context
         own = _new_context(above) if inner is None else inner.get_span_context()
         span.place(own, above if above.is_valid else None)
         if parent is None:
@@ -177,7 +178,10 @@ class Recorder:
     def ended(self, span: Any) -> None:
         """Hand an ended span to the sinks: one of the run's, or one of somebody else's that happened inside it."""
         for sink in self.sinks:
-            sink.on_end(span)
+            try:
+                sink.on_end(span)
+            except Exception as error:  # noqa: BLE001 - a sink must not end a run
+                count_drop("sink failed", repr(error))
 
     def durable(self) -> None:
         """Have every sink write what has ended so far."""
@@ -205,7 +209,7 @@ class Recorder:
 
     def shows(self, key: str) -> bool:
         """Tell whether the user's tracer may see this attribute."""
-        return self._capture or key not in semconv.CONTENT
+        return self.captures or key not in semconv.CONTENT
 
     def below_root(self, span_id: int) -> SpanContext:
         """Return the context of a span of the run, given its id."""
@@ -214,7 +218,7 @@ class Recorder:
 
     def context_of(self, span: RecordedSpan) -> Context:
         """Return the OpenTelemetry context in which `span` is the current one."""
-        return set_span_in_context(span, self._base)
+        return set_span_in_context(span, self.base)
 
     def _start_inner(
         self,
@@ -227,7 +231,7 @@ class Recorder:
     ) -> Span | None:
         """Return a span of the user's tracer, None when that makes none with an id of its own."""
         assert self.tracer is not None
-        context = self._base if parent is None else parent.as_context()
+        context = self.base if parent is None else parent.as_context()
         shown = {key: value for key, value in attributes.items() if self.shows(key)}
         try:
             inner = self.tracer.start_span(name, context, kind, shown, links or None, started)
@@ -415,12 +419,13 @@ class RecordedSpan(Span):
 
     def end(self, end_time: int | None = None) -> None:
         """End the span; the first time counts."""
+        ended = max(end_time or self._recorder.now(), self.start_time)
         if self._recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
             return
-        self.end_time = max(end_time or self._recorder.now(), self.start_time)
+        self.end_time = ended
+        self._recorder.ended(self)  # at once: a Ctrl-C in between would lose the span
         if self._inner is not None:
-            self._tell("end", self.end_time)
-        self._recorder.ended(self)
+            self._tell("end", ended)
 
     def __enter__(self) -> Self:
         return self

@@ -204,8 +204,13 @@ class RunView:
     def _numbers(self, chat: SpanNode) -> list[int]:
         """Resolve references; those relative to an earlier request are followed back, then applied forward."""
         chain = [str(chat.attributes[semconv.INPUT_REFS])]
+        at = int(chat.attributes.get(semconv.INPUT_REQUEST, 0))
         while "^" in chain[-1]:
-            chain.append(str(self._requests[int(chain[-1].partition("^")[0])].attributes[semconv.INPUT_REFS]))
+            base = int(chain[-1].partition("^")[0])
+            if base >= at:
+                raise ValueError(f"list {chain[-1]!r} (which builds on a later request)")
+            chain.append(str(self._requests[base].attributes[semconv.INPUT_REFS]))
+            at = base
         numbers: list[int] = []
         for refs in reversed(chain):
             numbers = resolve(refs, numbers)

@@ -59,9 +59,7 @@ class PhaseEnd:
 class RunTrace:
     """The phases of one run."""
 
-    def __init__(
-        self, recorder: Recorder, agent: str, observers: Sequence[Callable[[PhaseEnd], Any]], base: Context
-    ) -> None:
+    def __init__(self, recorder: Recorder, agent: str, observers: Sequence[Callable[[PhaseEnd], Any]]) -> None:
         self.recorder = recorder
         self.agent = agent
         self.turn_number = 0
@@ -72,7 +70,6 @@ class RunTrace:
         """whether spans are made; attributes need not be computed otherwise"""
         self.observed = bool(observers)
         """whether there are observers"""
-        self._base = base
         self._observers = list(observers)
         self._late: list[tuple[Any, Any]] = []
         """observers that answered with something to await, and what they answered"""
@@ -130,8 +127,8 @@ class RunTrace:
                 self._complain(observer, error)
 
     def base(self) -> Context:
-        """Return the context in which the run was called."""
-        return self._base
+        """Return the context in which the run was called, with the run in it."""
+        return self.recorder.base
 
     def _complain(self, observer: Any, error: Exception) -> None:
         count_drop(f"observer {getattr(observer, '__qualname__', observer)} failed", repr(error))
