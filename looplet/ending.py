@@ -62,8 +62,15 @@ def end_run(run: RunScope, root: Phase, failure: BaseException | None) -> Effect
     # The garbage collector finalises the plan before its run: no effect can be asked for any more.
     run.ending = "closed_by_caller"
     finish(_end(run, root, None), LastExecutor(at_home=False).perform)
-    finish(run.trace.settle(root), LastExecutor(at_home=True).perform)
     return failure
+
+
+def settle_observers(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[None]:
+    """Await what async observers answered, if anything can be awaited any more."""
+    if isinstance(failure, GeneratorExit):
+        finish(run.trace.settle(root), LastExecutor(at_home=True).perform)
+    else:
+        yield from run.trace.settle(root)
 
 
 def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from looplet.asking import chat, error_step, pre_prompt, remember
 from looplet.dispatch import take_calls
-from looplet.ending import end_run, record_ending
+from looplet.ending import end_run, record_ending, settle_observers
 from looplet.plan import Closing, Effects, Plan
 from looplet.scope import RunResult, RunScope
 from looplet.steering import consult
@@ -33,7 +33,7 @@ def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
         except BaseException as error:  # noqa: BLE001 - Ctrl-C, cancellation; raised again below
             run.ending, failure = "cancelled", error
         failure = yield from end_run(run, root, failure)
-    yield from run.trace.settle(root)
+    yield from settle_observers(run, root, failure)
     if failure is not None:
         raise failure
     return run.result(run.ending)

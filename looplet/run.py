@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -153,7 +154,7 @@ class _Run(Generic[ExecutorT]):
             except BaseException as error:  # noqa: BLE001 - relayed into the plan until it has ended
                 if self._ended:
                     self._settle(error)
-                    return None if isinstance(error, StopIteration) else error
+                    return None if isinstance(error, (StopIteration, Closing)) else error
                 value, resume = error, self._plan.throw
         return None
 
@@ -192,11 +193,8 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
         if self._driving:
             self._asked_to_close = reason
             return
-        try:
+        with suppress(StopIteration):
             self._drive(self._plan.throw, Closing(reason))
-        except StopIteration:
-            return
-        raise RuntimeError("the plan yielded a step while it was being closed")
 
     def __enter__(self) -> Self:
         return self
@@ -262,11 +260,8 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
         if self._driving:
             self._asked_to_close = reason
             return
-        try:
+        with suppress(_PlanReturned):
             await self._drive(self._plan.throw, Closing(reason))
-        except _PlanReturned:
-            return
-        raise RuntimeError("the plan yielded a step while it was being closed")
 
     async def __aenter__(self) -> Self:
         return self

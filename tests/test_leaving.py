@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import sys
 import threading
 import weakref
@@ -71,25 +72,17 @@ def raises(error):
     return fail
 
 
-def go(run, body=lambda step: None):
-    """Iterate to the end; `body` gets each step and may return True to break."""
+async def anext_of(run):
+    return await anext(run)
 
-    async def main():
-        steps = []
-        async for step in run:
-            steps.append(step)
-            if body(step):
-                break
-        return steps
 
-    if hasattr(run, "__anext__"):
-        return asyncio.run(main())
-    steps = []
-    for step in run:
-        steps.append(step)
-        if body(step):
-            break
-    return steps
+async def steps_of(run):
+    return [step async for step in run]
+
+
+def go(run):
+    """Iterate to the end; return the steps."""
+    return asyncio.run(steps_of(run)) if hasattr(run, "__anext__") else list(run)
 
 
 def anonymous(run, body):
@@ -263,6 +256,49 @@ def test_close_from_another_thread_keeps_the_call_that_was_running(place):
     assert [step.tool_result.data for step in run.state.steps] == ["finished"]
     trace = place.whole("closed_by_caller")
     assert [step.tool_result.data for step in trace.runs[0].steps] == ["finished"]
+
+
+BUSY = [ADD, [("look", {"name": "a"})] * 3, ("wait", {})] * 15
+
+
+@tool(timeout_s=0.001)
+async def wait() -> None:
+    """Wait, about as long as it may."""
+    await asyncio.sleep(0.0009)
+
+
+def test_close_from_another_thread_at_any_moment(tmp_path):
+    dice = random.Random(7)
+    for number in range(60):
+        place = Place(tmp_path / str(number))
+        run = place.run(False, [*BUSY, DONE], tools=[wait], max_steps=99)
+        closer = threading.Timer(dice.uniform(0.0005, 0.01), run.close)
+        closer.start()
+        list(run)
+        closer.join()
+        if run.trace_id is not None:  # it had begun
+            place.whole(run.stop_reason)
+        assert run.stop_reason in ("closed_by_caller", "done")
+
+
+def test_aclose_and_cancellation_at_any_moment(tmp_path):
+    dice = random.Random(7)
+
+    async def main():
+        for number in range(60):
+            place = Place(tmp_path / str(number))
+            run = place.run(True, [*BUSY, DONE], tools=[wait], max_steps=99)
+            task = asyncio.ensure_future(steps_of(run))
+            await asyncio.sleep(dice.uniform(0.0005, 0.01))
+            await run.aclose() if number % 2 else task.cancel()
+            await asyncio.sleep(dice.uniform(0, 0.002))
+            if number % 3 == 0:
+                task.cancel()
+            await asyncio.wait([task])
+            place.whole(run.stop_reason)
+            assert run.stop_reason in ("closed_by_caller", "cancelled", "done")
+
+    asyncio.run(main(), debug=True)
 
 
 @pytest.mark.parametrize("kind", ["sync tool", "async tool", "async backend"])
@@ -443,16 +479,13 @@ def test_a_cancelled_run(place, where, how):
     begun, release = threading.Event(), threading.Event()
     run = place.run(True, **waits_in(where, begun, release))
 
-    async def iterate():
-        return [step async for step in run]
-
     async def main():
         if how == "wait_for":
-            return await asyncio.wait_for(iterate(), 0.02)
+            return await asyncio.wait_for(steps_of(run), 0.02)
         if how == "timeout":
             async with asyncio.timeout(0.02):
-                return await iterate()
-        task = asyncio.ensure_future(iterate())
+                return await steps_of(run)
+        task = asyncio.ensure_future(steps_of(run))
         while not begun.is_set():
             await asyncio.sleep(0)
         task.cancel()
@@ -533,10 +566,6 @@ def test_a_dropped_run(place, is_async, how):
     assert [told[semconv.HOOK_NAME] for told in skipped] == ([] if at_home else ["Hook"])
 
 
-async def anext_of(run):
-    return await anext(run)
-
-
 @BOTH
 def test_an_async_hook_cannot_be_asked_when_a_run_is_dropped_and_the_trace_says_so(place, is_async):
     async def goodbye(*args):
@@ -558,6 +587,20 @@ def test_a_hook_that_raises_while_a_run_is_dropped_is_reported_by_python(place, 
     del run
     assert reported == ["OSError('broken')"]
     place.whole("error")
+
+
+@BOTH
+def test_async_observers_cannot_be_awaited_when_the_plan_is_collected_first(place, is_async):
+    class Observer:
+        async def on_phase_end(self, end):
+            await asyncio.sleep(0)
+
+    run = place.run(is_async, hooks=[Observer()])
+    asyncio.run(anext_of(run)) if is_async else next(run)
+    run._plan.close()
+    del run
+    gc.collect()
+    place.whole("closed_by_caller")
 
 
 def test_a_run_whose_plan_is_in_its_end_phase_can_still_be_dropped(place):
