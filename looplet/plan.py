@@ -72,13 +72,6 @@ class Skipped(Exception):
     """An effect that cannot be performed here, such as an async hook while the interpreter exits."""
 
 
-def call(
-    thunk: Callable[[], Any], context: Context, lane: str = INLINE, timeout_s: float | None = None
-) -> Effects[Any]:
-    """`value = yield from call(f, context)` reads like `value = f()`."""
-    return (yield Call(thunk, context, lane, timeout_s))
-
-
 def gather(plans: list[Effects[T]]) -> Effects[list[T]]:
     """Fan out; a single plan runs in place, without a thread or a task."""
     if len(plans) == 1:

@@ -27,7 +27,7 @@ from looplet.plan import INLINE, SERIAL
 from looplet.prices import priced
 from looplet.prompt import render
 from looplet.tools import BaseToolRegistry
-from looplet.types import Reply, ToolCall, Usage
+from looplet.types import Reply, ToolCall
 
 PROTOCOLS: Final = ("chat", "generate_with_tools", "generate")
 _CLIENTS: Final = {"openai": "OpenAIBackend", "anthropic": "AnthropicBackend"}
@@ -217,8 +217,3 @@ def _of_blocks(blocks: Sequence[Mapping[str, Any]]) -> Reply:
         if b.get("type") == "tool_use"
     )
     return Reply(text=text, tool_calls=calls, finish_reason="tool_call" if calls else "stop")
-
-
-def usage_of(reply: Reply) -> Usage:
-    """Return the reply's usage, zero when none was reported."""
-    return reply.usage or Usage()

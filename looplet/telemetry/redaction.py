@@ -12,7 +12,7 @@ from typing import Any, Final
 from looplet.boundary import Boundary
 from looplet.telemetry import semconv
 
-_VALUES: Final = frozenset({semconv.TASK, semconv.FINAL_OUTPUT, semconv.TOOL_CALL_ARGUMENTS, semconv.TOOL_CALL_RESULT})
+_VALUES: Final = frozenset({semconv.TASK, semconv.TOOL_CALL_ARGUMENTS, semconv.TOOL_CALL_RESULT})
 """attributes whose JSON is somebody else's value"""
 _RECORDS: Final = frozenset(
     {semconv.OUTPUT_MESSAGES, semconv.TOOL_DEFINITIONS, semconv.TOOL_CALL, semconv.TOOL_RESULT, semconv.STEP_RECORD}

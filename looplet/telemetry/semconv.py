@@ -84,13 +84,11 @@ TASK: Final = "looplet.task"
 CONFIG: Final = "looplet.config"
 HOOKS: Final = "looplet.hooks"
 DONE_TOOLS: Final = "looplet.done_tools"
-FINAL_OUTPUT: Final = "looplet.final_output"
 SESSION_LOG: Final = "looplet.session_log"
 REPLAYABLE: Final = "looplet.replayable"
 INPUT_REFS: Final = "looplet.input.refs"
 INPUT_SHA256: Final = "looplet.input.sha256"
 INPUT_FIRST: Final = "looplet.input.first"  # number of the first entry in gen_ai.input.messages
-INPUT_LOG: Final = "looplet.input.log"  # which message log, where a run has more than one
 INPUT_REQUEST: Final = "looplet.input.request"  # number of the request within its log
 PROTOCOL: Final = "looplet.chat.protocol"  # chat, generate_with_tools or generate
 USAGE_REPORTED: Final = "looplet.usage.reported"
@@ -148,7 +146,6 @@ CONTENT: Final = frozenset(
         TOOL_CALL_ARGUMENTS,
         TOOL_CALL_RESULT,
         TASK,
-        FINAL_OUTPUT,
         SESSION_LOG,
         TOOL_RESULT,
         TOOL_CALL,

@@ -50,7 +50,6 @@ class PhaseEnd:
     usage: Usage | None = None
     tool_call: ToolCall | None = None
     tool_result: ToolResult | None = None
-    known_tool: bool | None = None
     stop_reason: str | None = None
     steps: int | None = None
     """of the whole run, when the phase is `invoke_agent`"""
