@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.backends.messages_api import CachePolicy as CachePolicy
     from looplet.backends.openai import AsyncOpenAIBackend as AsyncOpenAIBackend
     from looplet.backends.openai import OpenAIBackend as OpenAIBackend
+    from looplet.cancel import CancelToken as CancelToken
     from looplet.config import LoopConfig as LoopConfig
     from looplet.decisions import Allow as Allow
     from looplet.decisions import Block as Block
@@ -60,7 +61,6 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.telemetry.spans import PhaseEnd as PhaseEnd
     from looplet.testing.backends import MockLLMBackend as MockLLMBackend
     from looplet.tools import BaseToolRegistry as BaseToolRegistry
-    from looplet.tools import CancelToken as CancelToken
     from looplet.tools import ToolContext as ToolContext
     from looplet.tools import ToolSpec as ToolSpec
     from looplet.tools import register_done_tool as register_done_tool
@@ -77,6 +77,7 @@ _HOMES = {
     "backends.anthropic": ("AnthropicBackend", "AsyncAnthropicBackend"),
     "backends.messages_api": ("CachePolicy",),
     "backends.openai": ("AsyncOpenAIBackend", "OpenAIBackend"),
+    "cancel": ("CancelToken",),
     "config": ("LoopConfig",),
     "decisions": ("Allow", "Block", "Continue", "Deny", "HookDecision", "InjectContext", "Stop"),
     "errors": (
@@ -97,7 +98,7 @@ _HOMES = {
     "telemetry.spans": ("PhaseEnd",),
     "testing.backends": ("MockLLMBackend",),
     "tools": (
-        "BaseToolRegistry", "CancelToken", "ToolContext", "ToolSpec", "register_done_tool", "tool", "tools_from",
+        "BaseToolRegistry", "ToolContext", "ToolSpec", "register_done_tool", "tool", "tools_from",
     ),
     "types": ("Reply", "Step", "ToolCall", "ToolResult", "Usage"),
 }  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from looplet.errors import BackendError, ErrorKind, ToolError, words_of
-from looplet.messages import LoggedRequest, Message, clean_part
+from looplet.message_log import LoggedRequest
+from looplet.messages import Message, clean_part
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
 from looplet.prompt import Prompt, render, reread_task

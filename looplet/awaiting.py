@@ -10,10 +10,11 @@ import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from contextvars import Context as ContextVars
+from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from looplet.plan import CallTimeout
+from looplet.plan import CallTimeout, Wait
 from looplet.threads import Job, Worker
 
 if TYPE_CHECKING:
@@ -67,14 +68,36 @@ async def job_done(job: Job, timeout_s: float | None) -> None:
         if not future.done():
             future.set_result(None)
 
-    def done() -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            loop.call_soon_threadsafe(wake)
-
-    job.notify(done)
+    job.notify(partial(_call_soon, loop, wake))
     finished, _ = await asyncio.wait({future}, timeout=timeout_s)
     if not finished:
         raise CallTimeout
+
+
+async def pause(effect: Wait) -> None:
+    """Let time pass, until it is over or the token is cancelled."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not over.done():
+            over.set_result(None)
+
+    timer = loop.call_later(effect.seconds, wake)
+    forget = effect.token.on_cancel(partial(_call_soon, loop, wake)) if effect.token is not None else None
+    try:
+        await over
+    finally:
+        timer.cancel()
+        if forget is not None:
+            forget()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+        loop.call_soon_threadsafe(callback)
 
 
 async def awaited(value: Awaitable[Any], variables: ContextVars, timeout_s: float | None) -> Any:

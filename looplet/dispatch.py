@@ -1,39 +1,20 @@
-"""The second half of a turn: admit each tool call, run it, let hooks see what came of it."""
+"""The second half of a turn: admit the calls of a reply, run them, let hooks see what came of it, make the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from looplet.errors import ErrorKind, ToolError
+from looplet.admission import Pending, check_done, pre_dispatch
+from looplet.execution import execute_tool
 from looplet.messages import Message
-from looplet.plan import INLINE, PARALLEL, SERIAL, CallTimeout, Effects, Plan, gather
+from looplet.plan import PARALLEL, SERIAL, Effects, Plan, gather
 from looplet.scope import RunScope, note_state
-from looplet.steering import clean_result, consult
+from looplet.steering import consult
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
-from looplet.tools import ToolContext, ToolSpec, failure, success, to_tool_error
 from looplet.types import NO_USAGE, Step, ToolCall, ToolResult
-
-
-@dataclass(slots=True)
-class Pending:
-    """A call on its way to becoming a step."""
-
-    number: int
-    """of its step"""
-    call: ToolCall
-    spec: ToolSpec | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """as the function takes them"""
-    result: ToolResult | None = None
-    ran: bool = False
-    rejected: bool = False
-    recorded: ToolResult | None = None
-    """the result that the call's span tells"""
-    context: Any = None
 
 
 def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[Step, int]:
@@ -62,37 +43,6 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
     return entities
 
 
-def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
-    """Decide about each call: as it is, rewritten, answered already, or refused."""
-    with turn.phase(semconv.PRE_DISPATCH) as phase:
-        for item in pending:
-            _name_arguments(run, item)
-            yield from _admit(run, phase, item)
-            yield from _permit(run, phase, item)
-            if item.result is None:
-                _validate(run, item)
-            if item.result is not None:
-                phase.note(tool_call=item.call, tool_result=item.result, step_number=item.number)
-
-
-def check_done(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
-    """Ask the gates about an ending, before the `done` tool executes."""
-    for item in pending:
-        if item.result is not None or item.call.tool not in run.config.ending_tools:
-            continue
-        with turn.phase(semconv.CHECK_DONE) as phase:
-            for bound in run.hooks.of("check_done"):
-                extra = {"tool_call": item.call} if bound.wants_call else {}
-                args = (run.state, run.session_log, run.context, item.number)
-                decision = yield from consult(run, phase, bound, *args, **extra)
-                if decision.is_block():
-                    _reject(item, decision.block or "not accepted")
-                    break
-                if run.stop is not None:
-                    _reject(item, f"the run is stopped: {run.stop}")
-                    break
-
-
 def dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
     """Run the calls that nothing refused."""
     runnable = [item for item in pending if item.result is None]
@@ -101,33 +51,6 @@ def dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[
     with turn.phase(semconv.DISPATCH) as phase:
         lane = PARALLEL if len(runnable) > 1 else SERIAL
         yield from gather([execute_tool(run, phase, item, lane) for item in runnable])
-
-
-def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str) -> Effects[None]:
-    """Run one tool.  A failing tool is an observation for the model, never an exception."""
-    spec, call = item.spec, item.call
-    assert spec is not None
-    marked = attributes.of_call_marker(call, item.number) if run.trace.recording else None
-    told = attributes.of_call(call, item.number, True) if run.trace.recording else None
-    with above.phase(semconv.TOOL_START, attributes=marked):
-        pass
-    run.trace.durable()  # from here on a resumed run knows that the call may have had its effect
-    with above.phase(semconv.EXECUTE_TOOL, call.tool, attributes=told) as phase:
-        ctx = _tool_context(run, phase, spec)
-        item.ran, item.context = True, phase.context
-        try:
-            lane = INLINE if spec.is_async else lane
-            value = yield from phase.call(spec.bind(item.arguments, ctx), lane, spec.timeout_s)
-            result = success(call, value, warnings=ctx.warnings)
-        except CallTimeout:
-            words = f"TimeoutError: no answer within {spec.timeout_s:g} s; the call was abandoned"
-            result = failure(call, ToolError(words, kind=ErrorKind.TIMEOUT, retriable=True))
-            phase.put({semconv.TOOL_ABANDONED: True})
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
-            result = failure(call, to_tool_error(error), warnings=ctx.warnings)
-        item.result = item.recorded = result = clean_result(run, result, duration_ms=phase.stop_clock())
-        _record_result(run, phase, call, result)
-    run.trace.durable()
 
 
 def post_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[tuple[list[Step], int]]:
@@ -165,102 +88,6 @@ def _is_concurrent(run: RunScope, call: ToolCall) -> bool:
     if spec is None or not spec.concurrent_safe or not run.config.concurrent_dispatch:
         return False
     return call.tool not in run.config.ending_tools
-
-
-def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
-    if run.stop is not None:  # said about a neighbour in the same batch
-        _refuse_stopped(run, item)
-        return
-    for bound in run.hooks.of("pre_dispatch"):
-        decision = yield from consult(run, phase, bound, run.state, run.session_log, item.call, item.number)
-        if decision.updated_args is not None:
-            item.call = replace(item.call, args=decision.updated_args)
-        if decision.updated_result is not None:
-            item.result = replace(decision.updated_result, call_id=item.call.call_id)
-        elif decision.is_block():
-            _deny(run, item, decision.block, decision.retry)
-        elif decision.stop is not None:
-            _refuse_stopped(run, item)
-        if item.result is not None:
-            return
-
-
-def _permit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
-    for bound in run.hooks.of("check_permission"):
-        if item.result is not None:
-            return
-        decision = yield from consult(run, phase, bound, item.call, run.state)
-        if decision.updated_args is not None:
-            item.call = replace(item.call, args=decision.updated_args)
-        if decision.is_block():
-            _deny(run, item, decision.block, decision.retry)
-        elif decision.stop is not None:
-            _refuse_stopped(run, item)
-
-
-def _deny(run: RunScope, item: Pending, reason: str | None, retry: bool) -> None:
-    words = f"Permission denied for tool {item.call.tool!r}" + (f": {reason}" if reason else "")
-    item.result = failure(item.call, ToolError(words, kind=ErrorKind.PERMISSION_DENIED, retriable=retry))
-    if retry:
-        note_state(run.state, "last_error", None)
-
-
-def _reject(item: Pending, reason: str) -> None:
-    item.rejected = True
-    item.result = failure(
-        item.call,
-        ToolError(reason, kind=ErrorKind.VALIDATION, retriable=True),
-        args_summary="rejected",
-        data={"rejected": True, "reason": reason},
-    )
-
-
-def _name_arguments(run: RunScope, item: Pending) -> None:
-    """Put the arguments under the names that the tool will get, so that gates judge what will run."""
-    spec = run.tools.get(item.call.tool)
-    if spec is not None and (named := spec.named(item.call.args)) != item.call.args:
-        item.call = replace(item.call, args=named)
-
-
-def _refuse_stopped(run: RunScope, item: Pending) -> None:
-    item.result = failure(item.call, ToolError(f"not run: the run is stopped: {run.stop}"))
-
-
-def _validate(run: RunScope, item: Pending) -> None:
-    try:
-        spec = run.tools.find(item.call.tool)
-        _name_arguments(run, item)  # a hook may have written new ones
-        item.arguments = spec.arguments(item.call.args)
-        run.tools.needed(spec)
-        item.spec = spec
-    except ToolError as error:
-        item.result = failure(item.call, error)  # in our words, about arguments that are clean
-
-
-def _tool_context(run: RunScope, phase: Phase, spec: ToolSpec) -> ToolContext:
-    return ToolContext(
-        session_id=run.trace.recorder.run_id,
-        metadata={**run.config.tool_metadata, **getattr(run.state, "metadata", {})},
-        llm=run.model.llm,
-        on_progress=partial(_record_progress, run, phase),
-        request_approval=run.config.approval_handler,
-        resources=run.tools.needed(spec),
-    )
-
-
-def _record_progress(run: RunScope, phase: Phase, stage: str, data: Any) -> None:
-    clean = run.boundary.clean
-    told = {semconv.PROGRESS_STAGE: clean(str(stage)), semconv.PROGRESS_DATA: clean(data)}
-    phase.event(semconv.EVENT_PROGRESS, {} if run.trace.withhold_results else told)
-
-
-def _record_result(run: RunScope, phase: Phase, call: ToolCall, result: ToolResult) -> None:
-    phase.note(tool_call=call, tool_result=result)
-    if phase.recording:
-        withheld = run.trace.withhold_results
-        phase.put({semconv.TOOL_WITHHELD: True} if withheld else attributes.of_result(result))
-    if result.error is not None and result.error_kind is not None:
-        phase.fail(str(result.error_kind), "" if run.trace.withhold_results else result.error)
 
 
 def _ends(run: RunScope, item: Pending) -> bool:

@@ -48,12 +48,15 @@ class BackendError(LoopletError):
         kind: str = "backend_error",
         retryable: bool = False,
         retry_after_s: float | None = None,
+        usage: Any = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.retryable = retryable
         self.retry_after_s = retry_after_s
+        self.usage = usage
+        """a `looplet.Usage`, where the provider charged for the failed attempt and said so"""
 
 
 class ContextOverflow(BackendError):

@@ -7,6 +7,7 @@ is ever attached in the caller's own context, so nothing can stay there, however
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextvars import Context as ContextVars
 from contextvars import copy_context
@@ -23,10 +24,11 @@ from looplet.awaiting import (
     is_awaitable,
     job_done,
     outcome_of,
+    pause,
     start_task,
 )  # fmt: skip
 from looplet.errors import ConfigError
-from looplet.plan import INLINE, PARALLEL, Call, Closing, Effect, Effects, Gather, Skipped, finish
+from looplet.plan import INLINE, PARALLEL, Call, Closing, Effect, Effects, Skipped, Wait, finish
 from looplet.threads import Job, Worker, acquire
 
 
@@ -46,7 +48,7 @@ class LastExecutor:
 
     def perform(self, effect: Effect) -> Any:
         """Run an inline call; raises `Skipped` for everything else."""
-        if isinstance(effect, Gather) or effect.lane != INLINE or not self._at_home:
+        if not isinstance(effect, Call) or effect.lane != INLINE or not self._at_home:
             raise Skipped
         value = copy_context().run(_enter, effect.context, effect.thunk)
         if is_awaitable(value):
@@ -67,8 +69,8 @@ class SyncExecutor:
 
     def perform(self, effect: Effect) -> Any:
         """Perform one effect; raises what it raises, and `CallTimeout` when it took too long."""
-        if isinstance(effect, Gather):
-            return self._gather(effect.plans)
+        if not isinstance(effect, Call):
+            return _wait(effect) if isinstance(effect, Wait) else self._gather(effect.plans)
         variables = copy_context()
         run = partial(variables.run, _enter, effect.context, effect.thunk)
         value = run() if effect.timeout_s is None or effect.lane == INLINE else _in_thread(run, effect.timeout_s)
@@ -150,6 +152,13 @@ def _unwrap(outcomes: list[Outcome]) -> list[Any]:
     return [value for value, _ in outcomes]
 
 
+def _wait(effect: Wait) -> None:
+    if effect.token is None:
+        time.sleep(effect.seconds)
+    else:
+        effect.token.wait(effect.seconds)
+
+
 def _in_thread(thunk: Callable[[], Any], timeout_s: float) -> Any:
     job, worker = Job(thunk), acquire()
     try:
@@ -170,8 +179,8 @@ class AsyncExecutor:
 
     async def perform(self, effect: Effect) -> Any:
         """Perform one effect; raises what it raises, and `CallTimeout` when it took too long."""
-        if isinstance(effect, Gather):
-            return await self._gather(effect.plans)
+        if not isinstance(effect, Call):
+            return await (pause(effect) if isinstance(effect, Wait) else self._gather(effect.plans))
         variables = copy_context()
         run = partial(variables.run, _enter, effect.context, effect.thunk)
         value = run() if effect.lane == INLINE else await self._in_thread(run, effect)

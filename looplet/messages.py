@@ -1,12 +1,7 @@
-"""The conversation of a run, and the append-only log that writes every message of it once.
+"""Messages and the conversation of a run.
 
 A `Message` has the shape of the GenAI conventions (role and typed parts), so that what is recorded is what is kept.
-A request to the model is a sequence of messages.  The log numbers each distinct message the first time a request
-sends it; a request is then described by references, `"0,3-17,41"`, and by a hash over its messages' hashes.  So a trace
-grows with what was said, not with how often it was sent.
-
-References of a request that would be long are given relative to the one before: `"7^37,91"` means the first 37
-messages of request 7, then message 91.
+A request to the model is a sequence of messages; `looplet.message_log` writes each of them once.
 """
 
 from __future__ import annotations
@@ -21,8 +16,6 @@ from looplet.types import Reply, ToolCall
 
 Part: TypeAlias = dict[str, Any]
 SEALS: Final = ("signature", "encrypted")
-MAX_RANGES: Final = 8
-"""longer reference lists are written relative to the request before"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,149 +199,6 @@ class MessageView(Sequence[Message]):
         if not 0 <= at < len(self):
             raise IndexError("message index out of range")
         return self._head[at] if inside < 0 else self._tail[inside - self._length]
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedRequest:
-    """How a request is recorded: what was new in it, and references to all of it."""
-
-    number: int
-    refs: str
-    sha256: str
-    first: int
-    """number of the first new message"""
-    new: tuple[Message, ...]
-    new_json: str
-    """the new messages as a JSON array"""
-
-
-class MessageLog:
-    """Numbers the messages of one run, in the order in which requests first send them.
-
-    `clean` maps what is recorded of a message, where that differs from what is sent.
-    """
-
-    def __init__(self, clean: Callable[[Any], Any] | None = None) -> None:
-        self._clean = clean
-        self._numbers: dict[bytes, int] = {}
-        self._known: dict[int, tuple[Message, int, bytes]] = {}  # by id(); holds the message, so that ids stay its own
-        self._requests = 0
-        self._stable = _References()
-
-    def request(self, messages: Sequence[Message], *, unchanged: int = 0, stable: int | None = None) -> LoggedRequest:
-        """Log a request and return how to record it.
-
-        `stable` says how many leading messages the next request is likely to begin with; `unchanged`, how many of
-        those of the request before this one still begins with.  With both, the cost is that of the new messages.
-        """
-        stable = len(messages) if stable is None else stable
-        first = len(self._numbers)
-        new: list[tuple[Message, bytes]] = []
-        before = self._stable
-        shared = unchanged
-        if unchanged != len(before.order):
-            self._stable = _References()
-            unchanged = 0
-        for at in range(unchanged, stable):
-            self._stable.add(*self._number(messages[at], new))
-        if unchanged == 0:
-            shared = _common_prefix(before.order, self._stable.order)
-        tail = [self._number(messages[at], new) for at in range(stable, len(messages))]
-        refs, sha256 = self._stable.describe(tail, base=self._requests - 1, shared=shared)
-        logged = LoggedRequest(
-            number=self._requests,
-            refs=refs,
-            sha256=sha256,
-            first=first,
-            new=tuple(message for message, _ in new),
-            new_json="[" + b",".join(data for _, data in new).decode() + "]",
-        )
-        self._requests += 1
-        return logged
-
-    def _number(self, message: Message, new: list[tuple[Message, bytes]]) -> tuple[int, bytes]:
-        known = self._known.get(id(message))
-        if known is None:
-            data = encode((message if self._clean is None else clean_message(message, self._clean)).to_dict())
-            digest = sha256(data).digest()
-            number = self._numbers.get(digest)
-            if number is None:
-                number = self._numbers[digest] = len(self._numbers)
-                new.append((message, data))
-            known = self._known[id(message)] = (message, number, digest)
-        return known[1], known[2]
-
-
-class _References:
-    """The numbers of the messages that requests begin with, their ranges, and the hash over their hashes."""
-
-    __slots__ = ("order", "ranges", "sha")
-
-    def __init__(self) -> None:
-        self.order: list[int] = []
-        self.ranges: list[tuple[int, int]] = []
-        self.sha = sha256()
-
-    def add(self, number: int, digest: bytes) -> None:
-        self.order.append(number)
-        self.sha.update(digest)
-        _extend(self.ranges, number)
-
-    def describe(self, tail: list[tuple[int, bytes]], *, base: int, shared: int) -> tuple[str, str]:
-        """Return references and hash of these messages and `tail`; request `base` shares the first `shared`."""
-        sha = self.sha.copy()
-        for _, digest in tail:
-            sha.update(digest)
-        numbers = [number for number, _ in tail]
-        if len(self.ranges) <= MAX_RANGES or base < 0 or shared == 0:
-            ranges = list(self.ranges)
-            for number in numbers:
-                _extend(ranges, number)
-            return format_ranges(ranges), sha.hexdigest()
-        rest = ranges_of([*self.order[shared:], *numbers])
-        return f"{base}^{shared}" + (f",{format_ranges(rest)}" if rest else ""), sha.hexdigest()
-
-
-def _extend(ranges: list[tuple[int, int]], number: int) -> None:
-    if ranges and ranges[-1][1] == number - 1:
-        ranges[-1] = (ranges[-1][0], number)
-    else:
-        ranges.append((number, number))
-
-
-def format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
-    """Return `[(0, 0), (3, 17)]` as `"0,3-17"`."""
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
-
-
-def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return runs of consecutive numbers, in the given order."""
-    ranges: list[tuple[int, int]] = []
-    for number in numbers:
-        _extend(ranges, number)
-    return ranges
-
-
-def resolve(refs: str, base_numbers: Sequence[int] = ()) -> list[int]:
-    """Return the message numbers that `refs` names, given those of the request it builds on.  Raises ValueError."""
-    base, _, rest = refs.rpartition("^")
-    numbers: list[int] = []
-    if base:
-        count, _, rest = rest.partition(",")
-        numbers += base_numbers[: int(count)]
-    for item in filter(None, rest.split(",")):
-        low, _, high = item.partition("-")
-        numbers += range(int(low), int(high or low) + 1)
-    return numbers
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
 
 
 def digest(message: Message) -> bytes:

@@ -16,6 +16,8 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from opentelemetry.context import Context
 
+from looplet.cancel import CancelToken
+
 T = TypeVar("T")
 Y = TypeVar("Y")
 
@@ -41,6 +43,16 @@ class Call:
         self.timeout_s = timeout_s
 
 
+class Wait:
+    """Let time pass, in seconds; `token` ends the wait early when it is cancelled."""
+
+    __slots__ = ("seconds", "token")
+
+    def __init__(self, seconds: float, token: CancelToken | None = None) -> None:
+        self.seconds = seconds
+        self.token = token
+
+
 class Gather:
     """Run sub-plans concurrently, send their results back in order.  The first error in order is raised."""
 
@@ -50,7 +62,7 @@ class Gather:
         self.plans = plans
 
 
-Effect: TypeAlias = Call | Gather
+Effect: TypeAlias = Call | Gather | Wait
 Effects: TypeAlias = Generator[Effect, Any, T]
 """a piece of plan that only asks for effects and returns a T"""
 Plan: TypeAlias = Generator[Effect | Y, Any, T]

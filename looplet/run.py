@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from looplet.errors import ConfigError
 from looplet.executors import AsyncExecutor, LastExecutor, SyncExecutor
-from looplet.plan import Call, Closing, Gather
+from looplet.plan import Call, Closing, Gather, Wait
 
 if TYPE_CHECKING:  # the loop itself is loaded by the first run, so that importing looplet stays cheap
     from looplet.config import LoopConfig
@@ -219,7 +219,7 @@ class Run(_Run[SyncExecutor], Iterator["Step"]):
             self._require_own_process()  # a tool may have forked
             try:
                 item = self._advance(resume, value)
-                if not isinstance(item, (Call, Gather)):
+                if not isinstance(item, (Call, Gather, Wait)):
                     return item
                 value, resume = self._executor.perform(item), self._plan.send
             except BaseException as error:  # relayed into the plan until it has ended
@@ -291,7 +291,7 @@ class AsyncRun(_Run[AsyncExecutor], AsyncIterator["Step"]):
             self._require_own_process()  # a tool may have forked
             try:
                 item = self._advance(resume, value)
-                if not isinstance(item, (Call, Gather)):
+                if not isinstance(item, (Call, Gather, Wait)):
                     return item
                 value, resume = await self._executor.perform(item), self._plan.send
             except GeneratorExit:

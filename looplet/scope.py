@@ -11,7 +11,8 @@ from looplet.backends.adapter import Model
 from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.hooks import HookSet
-from looplet.messages import Conversation, Message, MessageLog
+from looplet.message_log import MessageLog
+from looplet.messages import Conversation, Message
 from looplet.prompt import Shown
 from looplet.state import SessionLog
 from looplet.telemetry.spans import RunTrace

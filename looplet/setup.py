@@ -18,7 +18,8 @@ from looplet.config import LoopConfig
 from looplet.errors import ConfigError
 from looplet.hooks import SINK, HookSet
 from looplet.ledger import Ledger
-from looplet.messages import Conversation, Message, MessageLog
+from looplet.message_log import MessageLog
+from looplet.messages import Conversation, Message
 from looplet.prompt import render_task, text_protocol
 from looplet.scope import RunScope
 from looplet.state import DefaultState, SessionLog

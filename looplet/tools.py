@@ -13,25 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
+from looplet.cancel import CancelToken
 from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean, words_of
 from looplet.schema import Parameters, declared_parameters, function_parameters
 from looplet.types import ToolCall, ToolResult, summarize_args
-
-
-class CancelToken:
-    """Asks a run, and its tools through `ctx.cancel_token`, to stop."""
-
-    def __init__(self) -> None:
-        self.is_cancelled = False
-
-    def cancel(self) -> None:
-        """Ask; nothing is interrupted by force."""
-        self.is_cancelled = True
-
-    def raise_if_cancelled(self) -> None:
-        """Raise ToolError (kind `cancelled`) once `cancel` was called."""
-        if self.is_cancelled:
-            raise ToolError("the run was cancelled", kind=ErrorKind.CANCELLED)
 
 
 @dataclass(slots=True)

@@ -148,6 +148,20 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a reply as it streams in; a backend's `stream` yields them and then the whole `Reply`."""
+
+    kind: str
+    """`text`, `reasoning` or `tool_call`"""
+    text: str = ""
+    """more of the text; of a tool call: more of its arguments, as JSON text"""
+    index: int = 0
+    """which of the reply's tool calls"""
+    call_id: str = ""
+    tool: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One tool call as the caller receives it, after the tool ran; a turn yields one or more."""
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplet import ConfigError, Conversation, Message, Prompt, Reply, ToolCall
-from looplet.messages import MAX_RANGES, MessageLog, digest, resolve
+from looplet.message_log import MAX_RANGES, MessageLog, resolve
+from looplet.messages import digest
 from looplet.prompt import render, render_task, reread_task
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from looplet.ledger import Ledger
-from looplet.messages import LoggedRequest, Message, encode, sha256
+from looplet.message_log import LoggedRequest
+from looplet.messages import Message, encode, sha256
 from looplet.telemetry import semconv
 from looplet.types import Reply, Step, ToolCall, ToolResult, Usage
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from looplet.errors import TraceError
-from looplet.messages import Message, digest, resolve, tells_failure
+from looplet.message_log import resolve
+from looplet.messages import Message, digest, tells_failure
 from looplet.prompt import render
 from looplet.state import SessionLog
 from looplet.telemetry import semconv
