@@ -13,13 +13,32 @@ from typing import TYPE_CHECKING, Any
 from looplet._version import __version__
 
 if TYPE_CHECKING:  # `as` makes them public for type checkers, too
+    from looplet.approval import ApprovalHook as ApprovalHook
+    from looplet.approval import ApprovalRequest as ApprovalRequest
+    from looplet.approval import Verdict as Verdict
     from looplet.backends.anthropic import AnthropicBackend as AnthropicBackend
     from looplet.backends.anthropic import AsyncAnthropicBackend as AsyncAnthropicBackend
     from looplet.backends.messages_api import CachePolicy as CachePolicy
     from looplet.backends.openai import AsyncOpenAIBackend as AsyncOpenAIBackend
     from looplet.backends.openai import OpenAIBackend as OpenAIBackend
+    from looplet.backends.rate_limit import RateLimitedBackend as RateLimitedBackend
+    from looplet.backends.resilient import ResilientBackend as ResilientBackend
+    from looplet.backends.router import BackendRouter as BackendRouter
+    from looplet.budgets import Budget as Budget
+    from looplet.budgets import BudgetCap as BudgetCap
     from looplet.cancel import CancelToken as CancelToken
+    from looplet.compaction import CompactOutcome as CompactOutcome
+    from looplet.compaction import Prune as Prune
+    from looplet.compaction import PruneToolResults as PruneToolResults
+    from looplet.compaction import Summarize as Summarize
+    from looplet.compaction import SummarizeCompact as SummarizeCompact
+    from looplet.compaction import Truncate as Truncate
+    from looplet.compaction import TruncateCompact as TruncateCompact
+    from looplet.compaction import compact_chain as compact_chain
     from looplet.config import LoopConfig as LoopConfig
+    from looplet.context import ContextBudget as ContextBudget
+    from looplet.context import ContextPressureHook as ContextPressureHook
+    from looplet.context import ThresholdCompactHook as ThresholdCompactHook
     from looplet.decisions import Allow as Allow
     from looplet.decisions import Block as Block
     from looplet.decisions import Continue as Continue
@@ -28,6 +47,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.decisions import InjectContext as InjectContext
     from looplet.decisions import Stop as Stop
     from looplet.errors import BackendError as BackendError
+    from looplet.errors import BudgetExhausted as BudgetExhausted
     from looplet.errors import ConfigError as ConfigError
     from looplet.errors import ContextOverflow as ContextOverflow
     from looplet.errors import ErrorKind as ErrorKind
@@ -40,21 +60,43 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.evals.runner import eval_run_batch as eval_run_batch
     from looplet.evals.score import EvalResult as EvalResult
     from looplet.evals.score import eval_mark as eval_mark
+    from looplet.events import EventPayload as EventPayload
+    from looplet.events import LifecycleEvent as LifecycleEvent
     from looplet.hooks import CheckDone as CheckDone
     from looplet.hooks import PostDispatch as PostDispatch
     from looplet.hooks import PreDispatch as PreDispatch
     from looplet.hooks import PrePrompt as PrePrompt
+    from looplet.limits import BudgetWarningHook as BudgetWarningHook
+    from looplet.limits import PerToolLimitHook as PerToolLimitHook
     from looplet.mcp import MCPToolAdapter as MCPToolAdapter
+    from looplet.memory import AgentsMdMemorySource as AgentsMdMemorySource
+    from looplet.memory import CallableMemorySource as CallableMemorySource
+    from looplet.memory import StaticMemorySource as StaticMemorySource
     from looplet.messages import Conversation as Conversation
     from looplet.messages import Message as Message
+    from looplet.parts import Image as Image
+    from looplet.permissions import PermissionDecision as PermissionDecision
+    from looplet.permissions import PermissionEngine as PermissionEngine
+    from looplet.permissions import PermissionHook as PermissionHook
+    from looplet.permissions import PermissionOutcome as PermissionOutcome
+    from looplet.permissions import PermissionRule as PermissionRule
+    from looplet.preview import preview_prompt as preview_prompt
     from looplet.prompt import Prompt as Prompt
+    from looplet.redactor import Redactor as Redactor
     from looplet.run import AsyncRun as AsyncRun
     from looplet.run import Run as Run
     from looplet.run import async_composable_loop as async_composable_loop
     from looplet.run import composable_loop as composable_loop
     from looplet.scope import RunResult as RunResult
+    from looplet.stagnation import StagnationHook as StagnationHook
     from looplet.state import DefaultState as DefaultState
     from looplet.state import SessionLog as SessionLog
+    from looplet.streaming import CallbackEmitter as CallbackEmitter
+    from looplet.streaming import CompositeEmitter as CompositeEmitter
+    from looplet.streaming import QueueEmitter as QueueEmitter
+    from looplet.streaming import StreamingHook as StreamingHook
+    from looplet.subagents import async_run_sub_loop as async_run_sub_loop
+    from looplet.subagents import run_sub_loop as run_sub_loop
     from looplet.telemetry.provenance import ProvenanceSink as ProvenanceSink
     from looplet.telemetry.reader import SpanNode as SpanNode
     from looplet.telemetry.reader import Trace as Trace
@@ -66,6 +108,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.tools import register_done_tool as register_done_tool
     from looplet.tools import tool as tool
     from looplet.tools import tools_from as tools_from
+    from looplet.types import Delta as Delta
     from looplet.types import Reply as Reply
     from looplet.types import Step as Step
     from looplet.types import ToolCall as ToolCall
@@ -74,33 +117,52 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
 
 # module → the public names it provides
 _HOMES = {
+    "approval": ("ApprovalHook", "ApprovalRequest", "Verdict"),
     "backends.anthropic": ("AnthropicBackend", "AsyncAnthropicBackend"),
     "backends.messages_api": ("CachePolicy",),
     "backends.openai": ("AsyncOpenAIBackend", "OpenAIBackend"),
+    "backends.rate_limit": ("RateLimitedBackend",),
+    "backends.resilient": ("ResilientBackend",),
+    "backends.router": ("BackendRouter",),
+    "budgets": ("Budget", "BudgetCap"),
     "cancel": ("CancelToken",),
+    "compaction": (
+        "CompactOutcome", "Prune", "PruneToolResults", "Summarize", "SummarizeCompact", "Truncate", "TruncateCompact",
+        "compact_chain",
+    ),
     "config": ("LoopConfig",),
+    "context": ("ContextBudget", "ContextPressureHook", "ThresholdCompactHook"),
     "decisions": ("Allow", "Block", "Continue", "Deny", "HookDecision", "InjectContext", "Stop"),
     "errors": (
-        "BackendError", "ConfigError", "ContextOverflow", "ErrorKind", "LoopletError", "ToolError", "TraceError",
+        "BackendError", "BudgetExhausted", "ConfigError", "ContextOverflow", "ErrorKind", "LoopletError", "ToolError",
+        "TraceError",
     ),
     "evals.context": ("EvalContext",),
     "evals.runner": ("eval_discover", "eval_run", "eval_run_batch"),
     "evals.score": ("EvalResult", "eval_mark"),
+    "events": ("EventPayload", "LifecycleEvent"),
     "hooks": ("CheckDone", "PostDispatch", "PreDispatch", "PrePrompt"),
+    "limits": ("BudgetWarningHook", "PerToolLimitHook"),
     "mcp": ("MCPToolAdapter",),
+    "memory": ("AgentsMdMemorySource", "CallableMemorySource", "StaticMemorySource"),
     "messages": ("Conversation", "Message"),
+    "parts": ("Image",),
+    "permissions": ("PermissionDecision", "PermissionEngine", "PermissionHook", "PermissionOutcome", "PermissionRule"),
+    "preview": ("preview_prompt",),
     "prompt": ("Prompt",),
+    "redactor": ("Redactor",),
     "run": ("AsyncRun", "Run", "async_composable_loop", "composable_loop"),
     "scope": ("RunResult",),
+    "stagnation": ("StagnationHook",),
     "state": ("DefaultState", "SessionLog"),
+    "streaming": ("CallbackEmitter", "CompositeEmitter", "QueueEmitter", "StreamingHook"),
+    "subagents": ("async_run_sub_loop", "run_sub_loop"),
     "telemetry.provenance": ("ProvenanceSink",),
     "telemetry.reader": ("SpanNode", "Trace"),
     "telemetry.spans": ("PhaseEnd",),
     "testing.backends": ("MockLLMBackend",),
-    "tools": (
-        "BaseToolRegistry", "ToolContext", "ToolSpec", "register_done_tool", "tool", "tools_from",
-    ),
-    "types": ("Reply", "Step", "ToolCall", "ToolResult", "Usage"),
+    "tools": ("BaseToolRegistry", "ToolContext", "ToolSpec", "register_done_tool", "tool", "tools_from"),
+    "types": ("Delta", "Reply", "Step", "ToolCall", "ToolResult", "Usage"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

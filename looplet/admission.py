@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
+from looplet.approval import OPTIONS, WAITING, ApprovalRequest, Verdict
+from looplet.decisions import HookDecision
 from looplet.errors import ErrorKind, ToolError
-from looplet.plan import Effects
+from looplet.events import LifecycleEvent, slot
+from looplet.plan import SERIAL, Effects
 from looplet.scope import RunScope, note_state
-from looplet.steering import consult
-from looplet.telemetry import semconv
+from looplet.steering import consult, payload
+from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import ToolSpec, failure
-from looplet.types import ToolCall, ToolResult
+from looplet.types import ToolCall, ToolResult, summarize_args
 
 
 @dataclass(slots=True)
@@ -29,22 +34,40 @@ class Pending:
     result: ToolResult | None = None
     ran: bool = False
     rejected: bool = False
+    waits: bool = False
+    """a human has to decide, and the run pauses for it"""
+    verdict: Verdict | None = None
+    """what a human has decided"""
     recorded: ToolResult | None = None
     """the result that the call's span tells"""
     context: Any = None
 
+    def approver(self, handler: Callable[[str, list[str]], Any] | None) -> Callable[[str, list[str]], Any] | None:
+        """Return who answers the tool's own questions: the verdict at hand, else `handler`."""
+        verdict = self.verdict
+        return handler if verdict is None else lambda prompt, options: verdict.answer
 
-def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
-    """Decide about each call: as it is, rewritten, answered already, or refused."""
+
+def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[Sequence[Pending]]:
+    """Decide about each call: as it is, rewritten, answered already, refused, or for a human to decide.
+
+    Returns the calls that go on: those before the first that waits for a human.
+    """
     with turn.phase(semconv.PRE_DISPATCH) as phase:
         for item in pending:
             _name_arguments(run, item)
+            _check_verdict(run, phase, item)
             yield from _admit(run, phase, item)
             yield from _permit(run, phase, item)
             if item.result is None:
                 _validate(run, item)
             if item.result is not None:
                 phase.note(tool_call=item.call, tool_result=item.result, step_number=item.number)
+        phase.note(answered=tuple((item.call, item.result) for item in pending if item.result is not None))
+    if not run.requests:
+        return pending
+    run.say_stop(WAITING)
+    return list(takewhile(lambda item: not item.waits, pending))
 
 
 def check_done(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
@@ -70,30 +93,94 @@ def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
         _refuse_stopped(run, item)
         return
     for bound in run.hooks.of("pre_dispatch"):
-        decision = yield from consult(run, phase, bound, run.state, run.session_log, item.call, item.number)
-        if decision.updated_args is not None:
-            item.call = replace(item.call, args=decision.updated_args)
-        if decision.updated_result is not None:
-            item.result = replace(decision.updated_result, call_id=item.call.call_id)
-        elif decision.is_block():
-            _deny(run, item, decision.block, decision.retry)
-        elif decision.stop is not None:
-            _refuse_stopped(run, item)
-        if item.result is not None:
-            return
+        if item.result is None:
+            decision = yield from consult(run, phase, bound, run.state, run.session_log, item.call, item.number)
+            yield from _take(run, phase, item, decision)
+    for bound in run.hooks.of(slot(LifecycleEvent.PRE_TOOL_USE)):
+        if item.result is None:
+            told = payload(run, LifecycleEvent.PRE_TOOL_USE, step_num=item.number, tool_call=item.call)
+            yield from _take(run, phase, item, (yield from consult(run, phase, bound, told)))
 
 
 def _permit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
     for bound in run.hooks.of("check_permission"):
-        if item.result is not None:
-            return
-        decision = yield from consult(run, phase, bound, item.call, run.state)
-        if decision.updated_args is not None:
-            item.call = replace(item.call, args=decision.updated_args)
-        if decision.is_block():
-            _deny(run, item, decision.block, decision.retry)
-        elif decision.stop is not None:
-            _refuse_stopped(run, item)
+        if item.result is None:
+            decision = yield from consult(run, phase, bound, item.call, run.state)
+            yield from _take(run, phase, item, decision)
+
+
+def _take(run: RunScope, phase: Phase, item: Pending, decision: HookDecision) -> Effects[None]:
+    """Let a hook's decision about a call count."""
+    if decision.updated_args is not None:
+        item.call = replace(item.call, args=decision.updated_args)
+    if decision.updated_result is not None:
+        item.result = replace(decision.updated_result, call_id=item.call.call_id)
+    elif decision.is_block():
+        _deny(run, item, decision.block, decision.retry)
+    elif decision.stop is not None:
+        _refuse_stopped(run, item)
+    elif decision.is_ask() and not item.waits:
+        yield from _ask_human(run, phase, item, decision.block or "")
+
+
+def _check_verdict(run: RunScope, phase: Phase, item: Pending) -> None:
+    """Refuse a call that a human has refused."""
+    item.verdict = run.verdicts.get(item.call.call_id)
+    if item.verdict is not None and item.verdict.denies:
+        _tell_answer(run, phase, item, item.verdict.answer)
+        _deny(run, item, item.verdict.reason or "a human refused it", False)
+
+
+def _ask_human(run: RunScope, phase: Phase, item: Pending, question: str) -> Effects[None]:
+    """Get an answer: the verdict at hand, the handler's, or a later one; without anybody to ask, it is no."""
+    _validate(run, item)  # nobody is asked about a call that cannot run
+    if item.result is not None:
+        return
+    request = request_of(item, question)
+    if item.verdict is not None and item.verdict.arguments_sha256 in ("", request.arguments_sha256):
+        _tell_answer(run, phase, item, item.verdict.answer)
+        return
+    told = {semconv.TOOL_NAME: item.call.tool, semconv.TOOL_CALL_ID: item.call.call_id}
+    told |= {semconv.ARGUMENTS_SHA256: request.arguments_sha256, semconv.APPROVAL_QUESTION: request.description}
+    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
+    if run.config.approval_handler is not None:
+        yield from _ask_handler(run, phase, item, request)
+    elif run.approvers:
+        item.waits = True
+        run.requests.append(request)
+    else:
+        why = "it needs an approval and nobody can be asked (approval_handler=, or ApprovalHook() to pause)"
+        _deny(run, item, why, False)
+
+
+def _ask_handler(run: RunScope, phase: Phase, item: Pending, request: ApprovalRequest) -> Effects[None]:
+    handler = run.config.approval_handler
+    assert handler is not None
+    try:
+        answer = yield from phase.call(partial(handler, request.description, list(request.options)), SERIAL)
+    except Exception as error:  # noqa: BLE001 - the caller's code; a gate that fails has refused
+        phase.fail_with(error)
+        _deny(run, item, f"the approval handler failed ({type(error).__name__})", False)
+        return
+    said = {True: "approve", False: "deny"}.get(answer, answer) if isinstance(answer, bool) else answer
+    _tell_answer(run, phase, item, str(said))
+    if said not in request.options or Verdict(str(said)).denies:
+        _deny(run, item, "a human refused it", False)
+
+
+def request_of(
+    item: Pending, question: str, options: Sequence[str] = OPTIONS, has_run: bool = False
+) -> ApprovalRequest:
+    """Return the question about a call."""
+    call = item.call
+    words = question or f"Run {call.tool}({summarize_args(call.args)})?"
+    sha256 = attributes.hash_arguments(call)
+    return ApprovalRequest(item.number, call.tool, words, tuple(options), call.call_id, call.args, sha256, has_run)
+
+
+def _tell_answer(run: RunScope, phase: Phase, item: Pending, answer: str) -> None:
+    told = {semconv.TOOL_CALL_ID: item.call.call_id, semconv.APPROVAL_VERDICT: run.boundary.text(answer)}
+    phase.event(semconv.EVENT_APPROVAL_ANSWERED, told)
 
 
 def _deny(run: RunScope, item: Pending, reason: str | None, retry: bool) -> None:

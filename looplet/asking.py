@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
-from opentelemetry.trace import SpanKind
-
-from looplet.errors import BackendError, ErrorKind, ToolError, words_of
+from looplet.compacting import compact, compact_if_due
+from looplet.compaction import OVERFLOW
+from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, ToolError, words_of
+from looplet.events import LifecycleEvent
+from looplet.memory import refresh_memory
 from looplet.message_log import LoggedRequest
 from looplet.messages import Message, clean_part
+from looplet.modelcall import Request, ask
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
 from looplet.prompt import Prompt, render, reread_task
-from looplet.scope import RunScope, note_state
-from looplet.steering import consult, consult_raw
+from looplet.scope import RunScope
+from looplet.steering import announce, consult, consult_raw
 from looplet.telemetry import attributes, semconv
-from looplet.telemetry.recorder import error_name
 from looplet.telemetry.spans import Phase
 from looplet.tools import failure
-from looplet.types import Reply, Step, ToolCall, Usage
+from looplet.types import Reply, Step, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,20 @@ class Answer:
     """why it holds no tool call, in words for the model"""
     error: Exception | None = None
     """the model call failed"""
+    is_cut: bool = False
+    """the output limit cut it before there was a tool call"""
+
+
+CUT: Final = "length"
+CONTINUE: Final = "Your reply was cut off at the output limit. Continue exactly where it stops; repeat nothing."
+CUT_CALL: Final = "your reply was cut off at the output limit, in the middle of a tool call; make it again, shorter"
 
 
 def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     """Return the messages to send, after every hook had its say."""
     with turn.phase(semconv.PRE_PROMPT) as phase:
+        yield from refresh_memory(run, phase)
+        yield from compact_if_due(run, phase)
         rewritten: Sequence[Message] | None = None
         for bound in run.hooks.of("pre_prompt"):
             if run.context is not None:
@@ -53,38 +64,59 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
         if rewritten is not None:
             run.rewrites = run.trace.withhold_results = True
             phase.put({semconv.REQUEST_REWRITTEN: True})
+        yield from announce(run, phase, LifecycleEvent.PRE_LLM_CALL)
         messages, run.briefing = _request(run, rewritten), []
         return messages
 
 
 def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Answer]:
-    """Send the messages and return what the model answered, or why it did not."""
-    model = run.model
-    logged = _log(run, messages)
-    with turn.phase(
-        semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run) if run.trace.recording else None
-    ) as phase:
-        if phase.recording:
-            phase.put(attributes.of_request(logged))
-        if run.asks_rewriters and not run.model_calls:
-            _record_late_task(run, phase, messages)
-        phase.note(model=model.name, provider=model.provider)
-        run.model_calls += 1
-        run.turn_prompt = render(logged.new, logged.first)
+    """Send the messages and return what the model answered, or why it did not.
+
+    A request that is too long is made shorter and sent once more; an answer that the output limit cut is continued.
+    """
+    try:
         try:
-            raw = yield from phase.call(model.request(messages, run.tools), model.lane)
-            reply = model.reply(raw, run.boundary, run.tools.tool_names)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
-            _failed_call(run, phase, error)
-            answer = Answer(Reply(), error=error)
-        else:
-            answer = _read(run, phase, reply)
-            _count(run, reply.usage)
-            phase.note(reply=answer.reply, usage=reply.usage)
-            if phase.recording:
-                phase.put(attributes.of_reply(answer.reply if reply.tool_calls else reply))
-    run.trace.durable()
+            answer = yield from _ask(run, turn, messages)
+        except ContextOverflow as error:
+            answer = yield from _ask_shorter(run, turn, error)
+        for number in range(run.config.max_turn_continuations):
+            if not answer.is_cut:
+                break
+            turn.event(semconv.EVENT_CONTINUATION, {semconv.ATTEMPT: number + 1})
+            said = Message.of_text("assistant", answer.reply.text)
+            more = [*messages, said, Message.of_text("user", CONTINUE)]
+            answer = yield from _ask(run, turn, more, before=answer.reply.text)
+    except BudgetExhausted as error:
+        run.exhaust(error.limit)
+        return Answer(Reply(), error=error)
+    except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
+        run.say_stop("llm_error")
+        return Answer(Reply(), error=error)
     return answer
+
+
+def _ask(run: RunScope, turn: Phase, messages: Sequence[Message], before: str = "") -> Effects[Answer]:
+    logged = _log(run, messages)
+    run.turn_prompt = render(logged.new, logged.first)
+    first, run.model_calls = run.model_calls == 0, run.model_calls + 1
+    late = partial(_record_late_task, run, messages) if first and run.asks_rewriters else None
+    request = Request(messages, logged, tools=run.tools)
+    return (yield from ask(run, turn, request, partial(_read, run, before), late))
+
+
+def _ask_shorter(run: RunScope, turn: Phase, error: ContextOverflow) -> Effects[Answer]:
+    """Make the conversation shorter and ask again, once; raises ContextOverflow that says what was tried."""
+    outcome = yield from compact(run, turn, OVERFLOW)
+    if outcome is None or not outcome.compacted:
+        raise ContextOverflow(
+            f"{error}; compaction could not make the conversation shorter", status=error.status
+        ) from error
+    messages = yield from pre_prompt(run, turn)
+    try:
+        return (yield from _ask(run, turn, messages))
+    except ContextOverflow as again:
+        tried = f"{', '.join(outcome.stages)} took it from {outcome.tokens_before} to {outcome.tokens_after} tokens"
+        raise ContextOverflow(f"{again}; {tried}", status=again.status) from again
 
 
 def remember(run: RunScope, answer: Answer) -> None:
@@ -99,6 +131,11 @@ def remember(run: RunScope, answer: Answer) -> None:
         run.conversation.append(Message.of_text("assistant", reply.text), clean=True)
 
 
+def facts_of(answer: Answer) -> dict[str, Any]:
+    """Return what hooks are told of an answer."""
+    return {"raw_response": answer.reply.text, "usage": answer.reply.usage}
+
+
 def error_step(run: RunScope, answer: Answer) -> Step:
     """Return the step that stands for a failed model call or for replies that hold no tool call."""
     if answer.error is not None:
@@ -106,8 +143,7 @@ def error_step(run: RunScope, answer: Answer) -> Step:
         call, error = ToolCall("__llm_error__"), ToolError(words, kind=ErrorKind.EXECUTION)
     else:
         call, error = ToolCall("__parse_error__"), ToolError(answer.problem, kind=ErrorKind.PARSE, retriable=True)
-    usage, run.turn_usage = run.turn_usage, Usage()
-    return Step(_next_step(run), call, failure(call, error), usage, run.turn_prompt)
+    return Step(_next_step(run), call, failure(call, error), run.claim_usage(), run.turn_prompt)
 
 
 def _next_step(run: RunScope) -> int:
@@ -165,27 +201,7 @@ def _log(run: RunScope, messages: Sequence[Message]) -> LoggedRequest:
     return run.log.request(messages)
 
 
-def _identity(run: RunScope) -> dict[str, Any]:
-    model = run.model
-    identity: dict[str, Any] = {
-        semconv.OPERATION_NAME: semconv.CHAT,
-        semconv.PROVIDER_NAME: model.provider,
-        semconv.PROTOCOL: model.protocol,
-    }
-    if model.name:
-        identity[semconv.REQUEST_MODEL] = model.name
-    if run.config.max_tokens is not None:
-        identity[semconv.REQUEST_MAX_TOKENS] = run.config.max_tokens
-    if run.config.temperature is not None:
-        identity[semconv.REQUEST_TEMPERATURE] = float(run.config.temperature)
-    if model.server_address:
-        identity[semconv.SERVER_ADDRESS] = str(model.server_address)
-        if model.server_port:
-            identity[semconv.SERVER_PORT] = int(model.server_port)
-    return identity
-
-
-def _record_late_task(run: RunScope, phase: Phase, messages: Sequence[Message]) -> None:
+def _record_late_task(run: RunScope, messages: Sequence[Message], phase: Phase) -> None:
     """Record the task with the first request when a hook may rewrite it: not before the hook has seen it."""
     run.recorded_task = run.task
     if run.rewrites:
@@ -197,37 +213,36 @@ def _record_late_task(run: RunScope, phase: Phase, messages: Sequence[Message]) 
     phase.put(attributes.of_task(run.recorded_task))
 
 
-def _failed_call(run: RunScope, phase: Phase, error: Exception) -> None:
-    phase.fail_with(error, error.kind if isinstance(error, BackendError) else error_name(error))
-    run.say_stop("llm_error")
-
-
-def _read(run: RunScope, phase: Phase, reply: Reply) -> Answer:
-    """Find the tool calls of a reply: native ones, else those in its text."""
+def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply, Answer]:
+    """Find the tool calls of a reply: native ones, else those in its text, of which `before` came earlier."""
+    if reply.usage is not None and not before:
+        run.conversation.calibrate(reply.usage.input_tokens)
     calls: Sequence[ToolCall] = reply.tool_calls
+    whole = replace(reply, text=before + reply.text) if before else reply
     if not calls:
         try:
-            calls = parse_tool_calls(reply.text, run.tools.tool_names)
+            calls = parse_tool_calls(whole.text, run.tools.tool_names)
         except ParseFailure as error:
-            run.parse_failures += 1
-            phase.event(semconv.EVENT_PARSE_FAILURE, {semconv.PARSE_ATTEMPT: run.parse_failures})
-            return Answer(reply, problem=str(error))
+            if reply.finish_reason == CUT and reply.text:
+                return reply, Answer(whole, problem=str(error), is_cut=True)
+            return reply, _unparsed(run, phase, whole, str(error))
+    elif reply.finish_reason == CUT and "_raw_arguments" in calls[-1].args:
+        return reply, _unparsed(run, phase, replace(whole, tool_calls=()), CUT_CALL)
     run.parse_failures = 0
     named = tuple(_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run)))
     if reply.tool_calls:
-        return Answer(reply if named == reply.tool_calls else replace(reply, tool_calls=named))
-    return Answer(replace(reply, tool_calls=named, text="" if run.model.native else reply.text))
+        answer = Answer(whole if named == reply.tool_calls else replace(whole, tool_calls=named))
+        return replace(reply, tool_calls=named), answer
+    return reply, Answer(replace(whole, tool_calls=named, text="" if run.model.native else whole.text))
+
+
+def _unparsed(run: RunScope, phase: Phase, reply: Reply, problem: str) -> Answer:
+    run.parse_failures += 1
+    phase.event(semconv.EVENT_PARSE_FAILURE, {semconv.PARSE_ATTEMPT: run.parse_failures})
+    return Answer(reply, problem=problem)
 
 
 def _with_own_id(run: RunScope, call: ToolCall, number: int) -> ToolCall:
     late = run.trace.recorder.late
     call_id = run.unique_call_id(call.call_id if late is None else late.text(call.call_id), number)
     return call if call_id == call.call_id else replace(call, call_id=call_id)
-
-
-def _count(run: RunScope, usage: Usage | None) -> None:
-    ledger = run.trace.recorder.ledger
-    ledger.count(usage)
-    if usage is not None:
-        run.turn_usage = run.turn_usage + usage
-        note_state(run.state, "usage", ledger.own)

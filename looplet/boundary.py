@@ -6,6 +6,7 @@ is what conversation, steps, spans, evals and the provider see.  Values that JSO
     int beyond 64 bits      its decimal digits            NaN, Infinity     "NaN", "Infinity", "-Infinity"
     bytes                   "base64:..."                  lone surrogates   "\ud800", spelled out
     set                     a sorted list                 dataclass & co.   a dict of its fields
+    an image                a part (`looplet.parts`), whose base64 no redactor sees
     a cycle                 "<cycle>"                     too deep (> 100)  "<too deep>"
     anything else           str() when its class defines one, else "<ClassName>"
 """
@@ -17,6 +18,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Final, TypeAlias
+
+from looplet.parts import is_sealed
 
 Redact: TypeAlias = Callable[[str], str]
 
@@ -118,6 +121,8 @@ class Boundary:
         return self._clean(_plain(value), path)
 
     def _mapping(self, value: Mapping[Any, Any], path: tuple[int, ...]) -> dict[str, Any]:
+        if self.redactors and is_sealed(value):
+            return dict(value)
         out: dict[str, Any] = {}
         for key, item in value.items():
             name = self.text(key if type(key) is str else _plain_key(key))
@@ -161,6 +166,8 @@ def _plain(value: Any) -> Any:
     import dataclasses
     import enum
 
+    if callable(part := getattr(type(value), "__looplet_part__", None)):
+        return part(value)
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, str):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from looplet.errors import ErrorKind, ToolError
+
+CANCEL_KEY: Final = "looplet.cancel"
+"""the OpenTelemetry context key under which a run that a tool starts finds the token of the tool's call"""
 
 
 class CancelToken:
     """Asks a run, and its tools through `ctx.cancel_token`, to stop; nothing is interrupted by force.
 
-    A token with a `parent` is cancelled when the parent is.  May be used from any thread.
+    A token with `parents` is cancelled when one of them is.  May be used from any thread.
     """
 
-    __slots__ = ("_callbacks", "_is_cancelled", "_lock", "parent", "reason")
+    __slots__ = ("_callbacks", "_is_cancelled", "_lock", "_parents", "reason")
 
-    def __init__(self, parent: CancelToken | None = None) -> None:
-        self.parent = parent
+    def __init__(self, *parents: CancelToken) -> None:
+        self._parents = parents
         self.reason = ""
         """what `cancel` was told; of this token alone"""
         self._is_cancelled = False
@@ -27,7 +31,7 @@ class CancelToken:
     @property
     def is_cancelled(self) -> bool:
         """Tell whether this token, or one above it, was cancelled."""
-        return self._is_cancelled or (self.parent is not None and self.parent.is_cancelled)
+        return self._is_cancelled or any(parent.is_cancelled for parent in self._parents)
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Ask; a second time changes nothing."""
@@ -68,7 +72,7 @@ class CancelToken:
 
     def _hang(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Add a callback to this token and those above."""
-        above = self.parent._hang(callback) if self.parent is not None else None  # noqa: SLF001 - its own class
+        above = [parent._hang(callback) for parent in self._parents]  # noqa: SLF001 - its own class
         with self._lock:
             too_late = self._is_cancelled
             if not too_late:
@@ -80,8 +84,8 @@ class CancelToken:
             with self._lock:
                 if callback in self._callbacks:
                     self._callbacks.remove(callback)
-            if above is not None:
-                above()
+            for take_back_above in above:
+                take_back_above()
 
         return take_back
 

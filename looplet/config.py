@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from looplet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from looplet.budgets import Budget
+    from looplet.cancel import CancelToken
+
+
+_LEAST: Final = {
+    "max_tokens": 1,
+    "max_parallel_calls": 1,
+    "parse_recovery": 0,
+    "gate_failures": 1,
+    "max_turn_continuations": 0,
+    "context_window": 1,
+    "tool_result_max_chars": 1,
+    "max_depth": 1,
+}
+"""the smallest value of settings that are whole numbers"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +59,35 @@ class LoopConfig:
     """handed to tools as `ctx.metadata`"""
     generate_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """further keyword arguments of every model call"""
-    approval_handler: Callable[[str, list[str]], str | None] | None = None
-    """answers `ctx.approve(prompt, options)` of tools"""
+    approval_handler: Callable[[str, list[str]], Any] | None = None
+    """answers `ctx.approve(prompt, options)` of tools, and the questions of gates; may be `async def` for gates"""
+    budget: Budget | None = None
+    """what the run, with its sub-agents, may spend"""
+    cancel_token: CancelToken | None = None
+    """asks the run to stop; looked at between phases, and handed to tools"""
+    max_turn_continuations: int = 2
+    """how often a reply that was cut by the output limit is continued"""
+    context_window: int | None = None
+    """tokens; with it, `compact_service` runs by itself before the window is full"""
+    compact_service: Any = None
+    """makes the conversation shorter (`looplet.compaction`)"""
+    memory_sources: Sequence[Any] = ()
+    """what the model is to remember (`looplet.memory`)"""
+    tool_result_max_chars: int | None = 30_000
+    """longer tool results are clipped for the model; the step and the trace have all of it"""
+    max_depth: int = 8
+    """how deep sub-agents may call sub-agents"""
 
     def __post_init__(self) -> None:
-        if self.redact is not None and not callable(self.redact):
-            raise ConfigError(f"redact must be a function from str to str, not {type(self.redact).__name__}")
+        for name in ("redact", "approval_handler"):
+            if (given := getattr(self, name)) is not None and not callable(given):
+                raise ConfigError(f"{name} must be a function, not {type(given).__name__}")
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
+                raise ConfigError(f"{name} must be a whole number from {least}, not {given!r}")
+        if self.temperature is not None and not isinstance(self.temperature, (int, float)):
+            raise ConfigError(f"temperature must be a number, not {self.temperature!r}")
 
     @property
     def ending_tools(self) -> frozenset[str]:

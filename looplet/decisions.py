@@ -26,14 +26,20 @@ class HookDecision:
     updated_result: ToolResult | None = None
     """this is the result: before dispatch the tool does not run, after it the result is replaced"""
     permission: str | None = None
-    """`allow` or `deny`"""
+    """`allow`, `deny`, or `ask`: a human decides, with `block` as the question; refused where nobody can be asked"""
     additional_context: str | None = None
     """text for the next request to the model"""
+    compact: bool | None = None
+    """make the conversation shorter before the next request"""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def is_block(self) -> bool:
         """Tell whether the call or the ending is refused."""
-        return self.block is not None or self.permission == "deny"
+        return self.permission == "deny" or (self.block is not None and not self.is_ask())
+
+    def is_ask(self) -> bool:
+        """Tell whether a human is to decide."""
+        return self.permission == "ask"
 
     def is_stop(self) -> bool:
         """Tell whether the run is to end."""
@@ -55,8 +61,11 @@ class HookDecision:
 
     def said(self) -> list[str]:
         """Return the names of the fields that say something; allowing alone is nothing new."""
-        named = [f.name for f in fields(self) if f.name != "metadata" and getattr(self, f.name) is not None]
-        return [name for name in named if name != "permission" or self.permission != "allow"]
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metadata"}
+        return [name for name, value in told.items() if value is not None and (name, value) not in _SILENT]
+
+
+_SILENT: Final = (("permission", "allow"), ("compact", False))
 
 
 def Allow(updated_args: dict[str, Any] | None = None) -> HookDecision:  # noqa: N802 - reads like a word of the language
@@ -100,7 +109,14 @@ MEANING: Final[dict[str, frozenset[str]]] = {
     "post_dispatch": _ANYWHERE | {"updated_result"},
     "check_done": _ANYWHERE | {"block", "permission"},
     "should_stop": _ANYWHERE,
+    "should_compact": _ANYWHERE | {"compact"},
     "on_loop_end": frozenset(),
+    "on_event(pre_llm_call)": _ANYWHERE,
+    "on_event(post_llm_response)": _ANYWHERE,
+    "on_event(pre_tool_use)": _ANYWHERE | {"block", "permission", "updated_args", "updated_result"},
+    "on_event(post_tool_use)": _ANYWHERE | {"updated_result"},
+    "on_event(post_tool_failure)": _ANYWHERE | {"updated_result"},
+    "on_event(pre_compact)": frozenset({"block"}),
 }
 
 _RETURNS: Final = {
@@ -110,6 +126,7 @@ _RETURNS: Final = {
     "post_dispatch": "None, a str, a ToolResult or a HookDecision",
     "check_done": "None, a str (the reason to go on) or a HookDecision",
     "should_stop": "None, a bool, a str (the stop reason) or a HookDecision",
+    "should_compact": "None, a bool or a HookDecision",
     "pre_loop": "None or a HookDecision",
     "on_loop_end": "None or an int",
 }
@@ -127,12 +144,14 @@ def interpret(value: Any, hook: str, method: str) -> HookDecision:
     decision = _decision_of(value, method)
     if decision is None:
         raise ConfigError(
-            f"{hook}.{method} returned {type(value).__name__} ({value!r:.60}); it may return {_RETURNS[method]}"
+            f"{hook}.{method} returned {type(value).__name__} ({value!r:.60}); "
+            f"it may return {_RETURNS.get(method, 'None or a HookDecision')}"
         )
-    if strange := [name for name in decision.said() if name not in MEANING[method]]:
+    meaning = MEANING.get(method, frozenset())
+    if strange := [name for name in decision.said() if name not in meaning]:
         raise ConfigError(
             f"{hook}.{method} returned a HookDecision with {', '.join(strange)}, which has no meaning there; "
-            f"{method} understands {', '.join(sorted(MEANING[method])) or 'no field'}"
+            f"{method} understands {', '.join(sorted(meaning)) or 'no field'}"
         )
     return decision
 
@@ -154,6 +173,8 @@ def _of_bool(value: bool, method: str) -> HookDecision | None:
         return HookDecision(stop="hook_requested_stop") if value else _NOTHING
     if method == "check_permission":
         return _NOTHING if value else HookDecision(permission="deny")
+    if method == "should_compact":
+        return HookDecision(compact=True) if value else _NOTHING
     return None
 
 

@@ -6,15 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from looplet.admission import Pending, check_done, pre_dispatch
-from looplet.execution import execute_tool
+from looplet.admission import Pending, check_done, pre_dispatch, request_of
+from looplet.approval import OPTIONS, WAITING
+from looplet.clipping import clip_result
+from looplet.decisions import HookDecision
+from looplet.errors import ToolError
+from looplet.events import LifecycleEvent, slot
+from looplet.execution import execute_tools
 from looplet.messages import Message
-from looplet.plan import PARALLEL, SERIAL, Effects, Plan, gather
+from looplet.plan import Effects, Plan
 from looplet.scope import RunScope, note_state
-from looplet.steering import consult
+from looplet.steering import announce, consult, payload
+from looplet.streaming import ToolDispatchEvent, ToolResultEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
-from looplet.types import NO_USAGE, Step, ToolCall, ToolResult
+from looplet.tools import failure
+from looplet.types import Step, ToolCall, ToolResult
 
 
 def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[Step, int]:
@@ -25,11 +32,11 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
     """
     entities = 0
     for batch in _batches(run, calls):
-        if run.stop is not None or run.state.budget_remaining <= 0:
+        if run.stop is not None or (room := _room(run)) <= 0:
             break
+        run.check_cancelled()
         first = len(run.state.steps) + 1
-        pending = [Pending(first + i, c) for i, c in enumerate(batch[: max(1, run.state.budget_remaining)])]
-        yield from pre_dispatch(run, turn, pending)
+        pending = yield from pre_dispatch(run, turn, [Pending(first + i, c) for i, c in enumerate(batch[:room])])
         yield from check_done(run, turn, pending)
         try:
             yield from dispatch(run, turn, pending)
@@ -39,18 +46,35 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
             raise
         entities += new
         yield from steps
-    _answer_dropped(run, turn, calls)
+    _leave_rest(run, turn, calls)
     return entities
 
 
 def dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
     """Run the calls that nothing refused."""
+    for item in pending:
+        if item.result is None:
+            _reserve(run, item)
     runnable = [item for item in pending if item.result is None]
     if not runnable:
         return
     with turn.phase(semconv.DISPATCH) as phase:
-        lane = PARALLEL if len(runnable) > 1 else SERIAL
-        yield from gather([execute_tool(run, phase, item, lane) for item in runnable])
+        for item in runnable:
+            run.tell(ToolDispatchEvent, step=item.number, tool_call=item.call)
+        yield from execute_tools(run, phase, runnable)
+
+
+def _room(run: RunScope) -> int:
+    """Return how many more calls the budgets allow."""
+    left = run.guard.calls_left()
+    steps: int = run.state.budget_remaining
+    return steps if left is None else min(left, steps)
+
+
+def _reserve(run: RunScope, item: Pending) -> None:
+    """Count a call that is about to run, or refuse it: a sub-agent may have been faster."""
+    if (limit := run.guard.take_tool_call()) is not None:
+        item.result = failure(item.call, ToolError(f"not run: the run's budget is used up: {limit}"))
 
 
 def post_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[tuple[list[Step], int]]:
@@ -60,8 +84,10 @@ def post_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Eff
         for item in pending:
             if _ends(run, item):
                 run.stop = "done"
+                yield from announce(run, phase, LifecycleEvent.DONE_ACCEPTED, **_facts(item))
             if not item.rejected:
                 yield from _review(run, phase, item)
+            _note_request(run, phase, item)
             step = _add_step(run, phase, item)
             entities += run.session_log.record_step(step)
             steps.append(step)
@@ -98,22 +124,49 @@ def _ends(run: RunScope, item: Pending) -> bool:
 def _review(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
     for bound in run.hooks.of("post_dispatch"):
         args = (run.state, run.session_log, item.call, item.result, item.number)
-        decision = yield from consult(run, phase, bound, *args)
-        if decision.updated_result is not None:
-            item.result = replace(decision.updated_result, call_id=item.call.call_id)
+        _take_result(item, (yield from consult(run, phase, bound, *args)))
+    assert item.result is not None
+    event = LifecycleEvent.POST_TOOL_USE if item.result.error is None else LifecycleEvent.POST_TOOL_FAILURE
+    for bound in run.hooks.of(slot(event)) if item.ran else ():
+        _take_result(item, (yield from consult(run, phase, bound, payload(run, event, **_facts(item)))))
+
+
+def _take_result(item: Pending, decision: HookDecision) -> None:
+    if decision.updated_result is not None:
+        item.result = replace(decision.updated_result, call_id=item.call.call_id)
+
+
+def _facts(item: Pending) -> dict[str, Any]:
+    return {"step_num": item.number, "tool_call": item.call, "tool_result": item.result}
+
+
+def _note_request(run: RunScope, phase: Phase, item: Pending) -> None:
+    """Pause the run where the tool itself said that a human has to approve."""
+    data = item.result.data if item.result is not None else None
+    if not run.approvers or not isinstance(data, dict) or not data.get("needs_approval"):
+        return
+    options = data.get("approval_options") or OPTIONS
+    question = str(data.get("approval_description") or "")
+    request = request_of(item, question, [str(option) for option in options], has_run=True)
+    told = {semconv.TOOL_NAME: item.call.tool, semconv.TOOL_CALL_ID: item.call.call_id}
+    told |= {semconv.ARGUMENTS_SHA256: request.arguments_sha256, semconv.APPROVAL_QUESTION: request.description}
+    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
+    run.requests.append(request)
+    run.say_stop(WAITING)
 
 
 def _add_step(run: RunScope, phase: Phase, item: Pending) -> Step:
     assert item.result is not None
-    usage, prompt = run.turn_usage, run.turn_prompt
-    run.turn_usage, run.turn_prompt = NO_USAGE, ""
-    step = Step(item.number, item.call, item.result, usage, prompt, item.context)
+    prompt, run.turn_prompt = run.turn_prompt, ""
+    step = Step(item.number, item.call, item.result, run.claim_usage(), prompt, item.context)
     if item.recorded is not item.result and phase.recording:
         withheld = run.trace.withhold_results
         phase.event(semconv.EVENT_STEP, attributes.of_withheld_step(step) if withheld else attributes.of_step(step))
     _count_step(run, item)
     run.state.steps.append(step)
-    run.conversation.append(Message.of_result(item.call.call_id, response_of(item.result)), clean=True)
+    response, _ = clip_result(response_of(item.result), run.config.tool_result_max_chars)
+    run.conversation.append(Message.of_result(item.call.call_id, response), clean=True)
+    run.tell(ToolResultEvent, step=step.number, tool_result=step.tool_result)
     return step
 
 
@@ -129,8 +182,10 @@ def _count_step(run: RunScope, item: Pending) -> None:
     state = run.state
     if item.spec is not None and item.spec.free and item.ran:
         note_state(state, "free_steps", getattr(state, "free_steps", 0) + 1)
-    elif item.ran and item.call.tool not in run.config.ending_tools:
-        note_state(state, "queries_used", state.queries_used + 1)
+    else:
+        run.trace.recorder.ledger.count_step()
+        if item.ran and item.call.tool not in run.config.ending_tools:
+            note_state(state, "queries_used", state.queries_used + 1)
     if item.ran and item.recorded is not None:
         note_state(state, "last_error", item.recorded.error)
 
@@ -147,10 +202,16 @@ def response_of(result: ToolResult) -> Any:
     return response
 
 
-def _answer_dropped(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> None:
-    """Answer the calls that were not run, if the conversation goes on: providers want a result for each."""
+def _leave_rest(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> None:
+    """Keep the calls that were not run for later, when the run pauses.
+
+    Else answer them, if the conversation goes on: providers want a result for each.
+    """
     begun = {step.tool_call.call_id for step in run.state.steps[-len(calls) :]} if calls else set()
-    for call in calls:
-        if call.call_id not in begun:
+    rest = [call for call in calls if call.call_id not in begun]
+    if run.requests:
+        run.held = rest
+    else:
+        for call in rest:
             turn.event(semconv.EVENT_CALL_DROPPED, {semconv.TOOL_CALL_ID: call.call_id})
             run.conversation.append(Message.of_result(call.call_id, {"error": "not run"}), clean=True)

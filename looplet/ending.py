@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
+from looplet.approval import WAITING
 from looplet.decisions import interpret
+from looplet.events import LifecycleEvent, slot
 from looplet.executors import LastExecutor
+from looplet.handle import handle_of
 from looplet.hooks import BoundMethod
+from looplet.messages import encode
+from looplet.models import AGENT
 from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
+from looplet.segments import record_of
 from looplet.state import SessionLog, entry_of
+from looplet.steering import payload
+from looplet.streaming import RunEndEvent, RunStartEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import Recorder, count_drop, error_name
 from looplet.telemetry.spans import NORMAL_ENDINGS, Phase
@@ -25,10 +34,11 @@ FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_bo
 def record_ending(run: RunScope) -> Iterator[Phase]:
     """Open the run's span; whatever happens inside, end every span of the run with a reason and write them."""
     trace, recorder = run.trace, run.trace.recorder
+    run.tell(RunStartEvent, task=run.task, parent_run_id=run.parent[0] if run.parent else "")
     try:
         for sink in recorder.sinks:
             _guarded(sink.attach, recorder)
-        with trace.run(_identity(run)) as root:
+        with trace.run(_identity(run), run.links) as root:
             try:
                 yield root
             except BaseException as error:  # the end phase was left before its end
@@ -76,14 +86,21 @@ def settle_observers(run: RunScope, root: Phase, failure: BaseException | None) 
 def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:
     run.trace.leave_turns()
     with root.phase(semconv.END) as phase:
+        stop = payload(run, LifecycleEvent.STOP, termination_reason=run.ending)
+        for bound in run.hooks.of(slot(LifecycleEvent.STOP)):
+            failure = failure or (yield from _say_goodbye(phase, bound, partial(bound.function, stop)))
         for bound in run.hooks.of("on_loop_end"):
-            error = yield from _say_goodbye(run, phase, bound)
+            llm = handle_of(run, phase, AGENT, is_async=inspect.iscoroutinefunction(bound.function))
+            thunk = partial(bound.function, run.state, run.session_log, run.context, llm)
+            error = yield from _say_goodbye(phase, bound, thunk)
             failure = failure or error
         if failure is not None and run.ending not in FAILURES:
             run.ending = "error"
         phase.put({semconv.STOP_REASON: run.ending or ""})
         if (notes := own_notes(run)) is not None:
             phase.put({semconv.SESSION_LOG: notes})
+        if run.ending == WAITING and failure is None:
+            _record_pause(run, phase)
         if failure is not None:
             phase.fail_with(failure)
     if isinstance(failure, Exception):
@@ -93,8 +110,20 @@ def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[B
     return failure
 
 
-def _say_goodbye(run: RunScope, phase: Phase, bound: BoundMethod) -> Effects[Exception | None]:
-    thunk = partial(bound.function, run.state, run.session_log, run.context, run.model.llm)
+def _record_pause(run: RunScope, phase: Phase) -> None:
+    """Write down what the run goes on with.
+
+    Not into the file where a hook rewrites requests: the conversation as it stands has not been rewritten.
+    """
+    run.pause = record_of(run)
+    for take in run.approvers:
+        take(run.requests)
+    if phase.recording and not run.rewrites:
+        phase.put(attributes.of_request(run.log.aside(list(run.conversation))))
+        phase.put({semconv.PAUSE: encode(run.pause).decode()})
+
+
+def _say_goodbye(phase: Phase, bound: BoundMethod, thunk: Callable[[], Any]) -> Effects[Exception | None]:
     name = {semconv.HOOK_NAME: bound.hook, semconv.HOOK_METHOD: bound.method}
     try:
         value = yield from phase.call(thunk)
@@ -112,7 +141,7 @@ def _identity(run: RunScope) -> dict[str, object]:
     return {
         semconv.OPERATION_NAME: semconv.INVOKE_AGENT,
         semconv.AGENT_NAME: run.trace.agent,
-        semconv.SEGMENT_NUMBER: 1,
+        semconv.SEGMENT_NUMBER: run.segment,
     }
 
 
@@ -124,11 +153,16 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
             semconv.STEP_COUNT: len(run.state.steps),
             semconv.TURN_COUNT: run.trace.turn_number,
             **attributes.of_ledger(ledger),
+            **run.budget_left(),
+            **{f"{semconv.BUDGET_UNCHECKED}.{name}": calls for name, calls in run.guard.unchecked().items()},
         }
     )
+    if ending == "budget_exhausted" and run.spent_limit is not None:
+        root.put({semconv.BUDGET_EXHAUSTED: run.spent_limit})
     if ending in FAILURES and not root.failed:
         root.fail(ending)
     root.note(stop_reason=ending, usage=ledger.own, steps=len(run.state.steps))
+    run.tell(RunEndEvent, stop_reason=ending, steps=len(run.state.steps), usage=ledger.own)
 
 
 def own_notes(run: RunScope) -> str | None:

@@ -5,6 +5,7 @@ LoopletError
 │   └── MissingExtra    a package that an optional part of looplet needs; also an ImportError
 ├── BackendError        the provider failed            .status  .retryable  .retry_after_s
 │   └── ContextOverflow the request is longer than the model's window
+├── BudgetExhausted     a model call that the run's budget no longer allows   .limit
 ├── ToolError           raised by a tool author to talk to the model   .kind  .retriable
 └── TraceError          a trace file that cannot be read or written    .path  .line
 """
@@ -64,6 +65,14 @@ class ContextOverflow(BackendError):
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message, status=status, kind="context_overflow")
+
+
+class BudgetExhausted(LoopletError):
+    """The run's budget allows no further model call; `limit` names what is used up: tokens, usd, seconds, ..."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"the run's budget is used up: {limit}")
+        self.limit = limit
 
 
 class ErrorKind(StrEnum):

@@ -219,7 +219,7 @@ class AsyncExecutor:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        tasks = [start_task(loop, self._finish(plan), copy_context()) for plan in plans]
+        tasks = [start_task(loop, self.finish(plan), copy_context()) for plan in plans]
         try:
             await asyncio.wait(tasks)
         except BaseException as error:
@@ -230,7 +230,8 @@ class AsyncExecutor:
             raise
         return _unwrap([outcome_of(task) for task in tasks])
 
-    async def _finish(self, plan: Effects[Any]) -> Any:
+    async def finish(self, plan: Effects[Any]) -> Any:
+        """Run a sub-plan to its end, performing its effects one by one."""
         resume: Callable[[Any], Effect] = plan.send
         value: Any = None
         while True:

@@ -10,18 +10,23 @@ are looked up with `getattr` when the run is made, never while it runs.  All arg
     post_dispatch(state, session_log, tool_call, tool_result, step_num)  after each tool call
     check_done(state, session_log, context, step_num)                  before a `done` call is accepted
     should_stop(state, step_num, new_entities)                         after each turn
+    should_compact(state, session_log, conversation, step_num)         before each request: shorten it?
     on_loop_end(state, session_log, context, llm)                      once, at the end, whatever the end
+    on_event(payload)                                                  lifecycle events (`looplet.events`)
     on_phase_end(phase)                                                an observer: watches, cannot steer
+
+Some objects in `hooks=[...]` have an attribute instead, by which the run knows what they bring (`BRINGS`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, runtime_checkable
 
 from looplet.errors import ConfigError, did_you_mean
+from looplet.events import COVERED_BY, LifecycleEvent, slot
 
 STEERING: Final = (
     "pre_loop",
@@ -31,9 +36,12 @@ STEERING: Final = (
     "post_dispatch",
     "check_done",
     "should_stop",
+    "should_compact",
     "on_loop_end",
 )
+EVENTS: Final = "on_event"
 OBSERVING: Final = "on_phase_end"
+METHODS: Final = (*STEERING, EVENTS, OBSERVING)
 GATES: Final = frozenset({"check_permission", "check_done"})
 """a gate that raises has said no"""
 
@@ -86,31 +94,71 @@ class HookSet:
     """The hooks of one run, by method."""
 
     def __init__(self, hooks: Sequence[Any]) -> None:
+        self._hooks = list(hooks)
         self.names = [_name(hook) for hook in hooks]
-        self._methods: dict[str, list[BoundMethod]] = {name: [] for name in STEERING}
+        self._methods: dict[str, list[BoundMethod]] = {name: [] for name in (*STEERING, *map(slot, LifecycleEvent))}
         self.observers: list[BoundMethod] = []
         for index, hook in enumerate(hooks):
             self._add(hook, index)
 
     def of(self, method: str) -> list[BoundMethod]:
-        """Return the implementations of a steering method, in the order of `hooks=[...]`."""
+        """Return the implementations of a steering method or event slot, in the order of `hooks=[...]`."""
         return self._methods[method]
+
+    def state_dicts(self) -> list[tuple[str, Any]]:
+        """Return what hooks that remember say of themselves, by place and name: `state_dict()`."""
+        return [(key, hook.state_dict()) for key, hook in self._rememberers()]
+
+    def load_state_dicts(self, told: Iterable[Sequence[Any]]) -> None:
+        """Give hooks back what they remembered: `load_state_dict(state)`."""
+        remembered = {str(key): state for key, state in told}
+        for key, hook in self._rememberers():
+            if key in remembered:
+                hook.load_state_dict(remembered[key])
+
+    def _rememberers(self) -> Iterator[tuple[str, Any]]:
+        for index, hook in enumerate(self._hooks):
+            if callable(getattr(hook, "state_dict", None)) and callable(getattr(hook, "load_state_dict", None)):
+                yield f"{index}:{_name(hook)}", hook
+
+    def brought(self, attribute: str) -> list[Any]:
+        """Return what the objects in `hooks=[...]` bring under an attribute of `BRINGS`."""
+        return [found for hook in self._hooks if (found := getattr(hook, attribute, None)) is not None]
 
     def _add(self, hook: Any, index: int) -> None:
         if inspect.isclass(hook):
             raise ConfigError(f"hooks take objects: pass {hook.__name__}(), not the class {hook.__name__}")
-        found = {name: f for name in (*STEERING, OBSERVING) if callable(f := getattr(hook, name, None))}
-        if not found and not hasattr(hook, SINK):
+        found = {name: f for name in METHODS if callable(f := getattr(hook, name, None))}
+        if not found and not any(hasattr(hook, name) for name in BRINGS):
             raise ConfigError(_no_method(hook))
         if slip := _misspelt(hook):
             raise ConfigError(slip)
         for name, function in found.items():
             bound = BoundMethod(_name(hook), name, function, index, name == "check_done" and _takes_call(function))
-            (self.observers if name == OBSERVING else self._methods[name]).append(bound)
+            if name == EVENTS:
+                self._add_listener(bound, found)
+            else:
+                (self.observers if name == OBSERVING else self._methods[name]).append(bound)
+
+    def _add_listener(self, bound: BoundMethod, others: Container[str]) -> None:
+        for event in LifecycleEvent:
+            if COVERED_BY.get(event) not in others:
+                self._methods[slot(event)].append(replace(bound, method=slot(event)))
 
 
 SINK: Final = "looplet_sink"
 """an object with this attribute writes the run's trace; `looplet.telemetry.provenance` has one"""
+BUDGET: Final = "looplet_budget"
+"""a `Budget` that the run must not exceed"""
+REDACT: Final = "looplet_redact"
+"""a function like `LoopConfig.redact`"""
+EMITTER: Final = "looplet_emitter"
+"""gets the run's stream of events"""
+APPROVALS: Final = "looplet_approvals"
+"""a function that takes the `ApprovalRequest`s of a run that pauses: with one, the run may pause"""
+COMPACT: Final = "compact"
+"""a compaction service: this method makes the conversation shorter"""
+BRINGS: Final = (SINK, BUDGET, REDACT, EMITTER, APPROVALS, COMPACT)
 
 
 def _name(hook: Any) -> str:
@@ -128,7 +176,7 @@ def _misspelt(hook: Any) -> str:
     """Return what to say of a method that is almost a hook method: a guard that is never asked is no guard."""
     from difflib import get_close_matches
 
-    known = (*STEERING, OBSERVING)
+    known = METHODS
     for name in vars(type(hook)):
         if name not in known and not name.startswith("_") and get_close_matches(name, known, n=1, cutoff=0.9):
             return f"hook {_name(hook)} has a method {name!r}{did_you_mean(name, known)}"
@@ -136,7 +184,7 @@ def _misspelt(hook: Any) -> str:
 
 
 def _no_method(hook: Any) -> str:
-    known = (*STEERING, OBSERVING)
+    known = METHODS
     public = [name for name in dir(hook) if not name.startswith("_") and callable(getattr(hook, name, None))]
     for name in public:
         if hint := did_you_mean(name, known):

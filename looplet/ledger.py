@@ -1,43 +1,107 @@
-"""The money ledger of a run: what its model calls used, alone and with the runs that its tools started."""
+"""The ledger of a run: what its model calls used and how much it did, alone and with the runs below it."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from looplet.types import NO_USAGE, Usage
 
 
-class Ledger:
-    """Adds up usage; what a sub-agent spends is in its parent's `total`, and in that one's parent's."""
+@dataclass(slots=True)
+class Counts:
+    """How often a run did something."""
 
-    __slots__ = ("_below", "_lock", "_parent", "own", "unreported")
+    model_calls: int = 0
+    """begun; one that was repeated is one, another model asked instead is another"""
+    tool_calls: int = 0
+    """that ran"""
+    steps: int = 0
+    """steps of `free` tools not counted"""
+    unreported: int = 0
+    """model calls whose provider reported no usage: counted apart, never guessed"""
+    unpriced: int = 0
+    """model calls whose cost nobody knows, the unreported among them"""
+
+
+class Ledger:
+    """Adds up; what a sub-agent spends is in its parent's `total`, and in that one's parent's.
+
+    Parallel tools may run sub-agents in threads: a ledger and those above it share one lock.
+    """
+
+    __slots__ = ("_below", "above", "counts", "lock", "own", "total_counts")
 
     def __init__(self, parent: Ledger | None = None) -> None:
-        self._parent = parent
-        self._lock = threading.Lock()
+        self.above: tuple[Ledger, ...] = () if parent is None else (parent, *parent.above)
+        self._below = NO_USAGE
+        self.lock: Any = threading.RLock() if parent is None else parent.lock
         self.own = NO_USAGE
         """of the run's own model calls"""
-        self._below = NO_USAGE
-        self.unreported = 0
-        """the run's own calls whose provider reported no usage: counted apart, never guessed"""
+        self.counts = Counts()
+        """of the run itself"""
+        self.total_counts = Counts()
+        """with those of all runs below"""
 
     @property
     def total(self) -> Usage:
-        """Return what those and all runs below used."""
+        """Return what the run's model calls and those of all runs below used."""
         return self._below + self.own
 
-    def count(self, usage: Usage | None) -> None:
-        """Add one model call of the run."""
-        if usage is None:
-            self.unreported += 1
-            return
-        self.own = self.own + usage
-        if self._parent is not None:
-            self._parent.add(usage)
+    @property
+    def unreported(self) -> int:
+        """Return how many of the run's own calls came without usage."""
+        return self.counts.unreported
 
-    def add(self, usage: Usage) -> None:
-        """Add what a run below spent."""
-        with self._lock:  # parallel tools may run sub-agents in threads
-            self._below = self._below + usage
-        if self._parent is not None:
-            self._parent.add(usage)
+    def count(self, usage: Usage | None) -> None:
+        """Add what one model call of the run used, None where nobody said."""
+        with self.lock:
+            if usage is None:
+                self._tally("unreported")
+            if usage is None or usage.cost_usd is None:
+                self._tally("unpriced")
+            if usage is not None:
+                self.own = self.own + usage
+                for ledger in self.above:
+                    ledger.add_below(usage)
+
+    def count_model_call(self) -> None:
+        """Add a model call that begins; what it uses is known later, to `count`."""
+        with self.lock:
+            self._tally("model_calls")
+
+    def count_tool(self) -> None:
+        """Add a tool call that runs."""
+        with self.lock:
+            self._tally("tool_calls")
+
+    def count_step(self) -> None:
+        """Add a step that costs budget."""
+        with self.lock:
+            self._tally("steps")
+
+    def add_below(self, usage: Usage) -> None:
+        """Add what a run below has used; the caller holds the lock."""
+        self._below = self._below + usage
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as a JSON-like dict, for the next segment of the run."""
+        with self.lock:
+            return {
+                "own": asdict(self.own),
+                "below": asdict(self._below),
+                "counts": asdict(self.counts),
+                "total_counts": asdict(self.total_counts),
+            }
+
+    def restore(self, told: Mapping[str, Any]) -> None:
+        """Go on from what `to_dict` said; the ledgers above do not hear of it."""
+        with self.lock:
+            self.own, self._below = Usage(**told["own"]), Usage(**told["below"])
+            self.counts, self.total_counts = Counts(**told["counts"]), Counts(**told["total_counts"])
+
+    def _tally(self, name: str) -> None:
+        for counts in (self.counts, self.total_counts, *(ledger.total_counts for ledger in self.above)):
+            setattr(counts, name, getattr(counts, name) + 1)

@@ -5,16 +5,20 @@ It is a generator that performs no I/O (`looplet.plan`); `looplet.run` drives it
 
 from __future__ import annotations
 
-from looplet.asking import chat, error_step, pre_prompt, remember
+from collections.abc import Sequence
+
+from looplet.asking import chat, error_step, facts_of, pre_prompt, remember
 from looplet.dispatch import take_calls
 from looplet.ending import end_run, record_ending, settle_observers
+from looplet.events import LifecycleEvent
 from looplet.plan import Closing, Effects, Plan
 from looplet.scope import RunResult, RunScope
-from looplet.steering import consult
+from looplet.steering import announce, consult
+from looplet.streaming import TurnEndEvent, TurnStartEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.manifest import manifest
 from looplet.telemetry.spans import Phase
-from looplet.types import Step
+from looplet.types import Step, ToolCall
 
 
 def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
@@ -23,7 +27,7 @@ def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
     with record_ending(run) as root:
         try:
             yield from begin(run, root)
-            while run.stop is None and run.state.budget_remaining > 0:
+            while run.stop is None and run.limit is None:
                 yield from take_turn(run, root)
             run.ending = run.stop or "budget_exhausted"
         except Closing as closing:
@@ -50,28 +54,41 @@ def begin(run: RunScope, root: Phase) -> Effects[None]:
         with root.phase(semconv.PRE_LOOP) as phase:
             for bound in run.hooks.of("pre_loop"):
                 yield from consult(run, phase, bound, run.state, run.session_log, run.context)
+    yield from announce(run, root, LifecycleEvent.SESSION_START)
 
 
 def take_turn(run: RunScope, root: Phase) -> Plan[Step, None]:
     """Ask the model once and run the calls of its reply; yield a step for each."""
+    run.check_cancelled()
     with run.trace.turn(root) as turn:
         run.state.step_context = {}
-        messages = yield from pre_prompt(run, turn)
-        if run.stop is not None:
-            return
-        answer = yield from chat(run, turn, messages)
-        if answer.error is None:
-            remember(run, answer)
-        if answer.error is not None or run.parse_failures > run.config.parse_recovery:
-            run.parse_failures = 0
-            step = error_step(run, answer)
-            turn.event(semconv.EVENT_STEP, attributes.of_step(step))
-            run.state.steps.append(step)
-            yield step
-        entities = yield from take_calls(run, turn, answer.reply.tool_calls)
+        turn.put(run.budget_left())
+        run.tell(TurnStartEvent)
+        calls = run.take_held() or (yield from propose(run, turn))
+        entities = yield from take_calls(run, turn, calls)
         yield from should_stop(run, turn, entities)
         yield from run.trace.settle(turn)
+        run.tell(TurnEndEvent)
     run.trace.durable()
+
+
+def propose(run: RunScope, turn: Phase) -> Plan[Step, Sequence[ToolCall]]:
+    """Return the calls that the model wants; yield the step that stands for an answer without any."""
+    messages = yield from pre_prompt(run, turn)
+    if run.stop is not None:
+        return ()
+    answer = yield from chat(run, turn, messages)
+    if answer.error is None:
+        remember(run, answer)
+        yield from announce(run, turn, LifecycleEvent.POST_LLM_RESPONSE, **facts_of(answer))
+    if run.stop == "llm_error" or run.parse_failures > run.config.parse_recovery:
+        run.parse_failures = 0
+        step = error_step(run, answer)
+        turn.event(semconv.EVENT_STEP, attributes.of_step(step))
+        run.trace.recorder.ledger.count_step()
+        run.state.steps.append(step)
+        yield step
+    return answer.reply.tool_calls
 
 
 def should_stop(run: RunScope, turn: Phase, entities: int) -> Effects[None]:

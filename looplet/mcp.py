@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from looplet.errors import ConfigError, ToolError
+from looplet.parts import Image
 from looplet.tools import BaseToolRegistry, ToolSpec
 from looplet.types import ToolResult
 
@@ -175,8 +176,9 @@ class MCPToolAdapter:
 def outcome_of(result: Any) -> Any:
     """Return what a tool's answer comes to: text, structured data, or a list when there is more than one thing.
 
-    Pictures, sound and files are described with type and size, since looplet hands text to models; the result's
-    `raw` has them for hooks.  Raises ToolError with the server's words when the answer says that the tool failed.
+    Images become images of ours; sound, files and images that models cannot see are described with type and size, and
+    the result's `raw` has them for hooks.  Raises ToolError with the server's words when the answer says that the tool
+    failed.
     """
     contents = [_data_of(content) for content in result.content]
     if result.is_error:
@@ -199,6 +201,8 @@ def _data_of(content: Any) -> Any:
     match content.type:
         case "text":
             return content.text
+        case "image" if (image := _image_of(content)) is not None:
+            return image
         case "resource_link":
             return content.model_dump(mode="json", by_alias=True, exclude_none=True)
         case "resource" if hasattr(content.resource, "text"):
@@ -207,6 +211,14 @@ def _data_of(content: Any) -> Any:
     if content.type == "resource":
         described["uri"] = str(content.resource.uri)
     return {**described, "note": "the content itself is not shown: it is not text"}
+
+
+def _image_of(content: Any) -> Image | None:
+    """Return an image that a model can be shown, None for any other."""
+    try:
+        return Image.from_base64(content.data, content.mime_type or "")
+    except ToolError:
+        return None
 
 
 def _bytes_of(content: Any) -> int | None:

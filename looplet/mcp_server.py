@@ -18,6 +18,7 @@ from mcp_types import (
     INVALID_PARAMS,
     CallToolRequestParams,
     CallToolResult,
+    ImageContent,
     ListToolsResult,
     TextContent,
     Tool,
@@ -30,8 +31,10 @@ from looplet.boundary import Boundary
 from looplet.errors import ConfigError, ToolError
 from looplet.executors import AsyncExecutor
 from looplet.messages import encode
+from looplet.parts import blobs_of, with_markers
 from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout
-from looplet.tools import BaseToolRegistry, ToolContext, ToolSpec, register_done_tool, to_tool_error
+from looplet.toolerrors import to_tool_error
+from looplet.tools import BaseToolRegistry, ToolContext, ToolSpec, make_done_tool
 from looplet.types import ToolResult
 
 HOST: Final = "127.0.0.1"
@@ -71,6 +74,7 @@ class ToolServer:
             ctx.resources = self._registry.needed(spec)
             value = await self._run(spec, spec.bind(arguments, ctx), incoming_context(request.meta))
         except CallTimeout:
+            ctx.cancel_token.cancel("timeout")
             return _failed(ToolError(f"no answer within {spec.timeout_s:g} s; the call was abandoned"))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
             return _failed(to_tool_error(error))
@@ -88,9 +92,12 @@ class ToolServer:
             warnings = [*value.warnings, *warnings]
             value = value.data
         data = self._boundary.clean(value)
+        images = blobs_of(data)
+        data = with_markers(data) if images else data
         texts = [] if data is None else [data if isinstance(data, str) else encode(data).decode()]
         texts += [f"warning: {self._boundary.text(str(words))}" for words in warnings]
-        return CallToolResult(content=_texts(texts), structured_content=data if isinstance(data, dict) else None)
+        content = [*_texts(texts), *map(_shown, images)]
+        return CallToolResult(content=content, structured_content=data if isinstance(data, dict) else None)
 
 
 def incoming_context(meta: Mapping[str, Any] | None) -> Context:
@@ -133,11 +140,15 @@ def _described(spec: ToolSpec) -> Tool:
 
 def _ends_runs(spec: ToolSpec) -> bool:
     made_by = getattr(spec.execute, "__qualname__", "")
-    return spec.name == "done" or made_by.startswith(f"{register_done_tool.__name__}.")
+    return spec.name == "done" or made_by.startswith(f"{make_done_tool.__name__}.")
 
 
 def _failed(error: ToolError) -> CallToolResult:
     return CallToolResult(content=_texts([error.message]), is_error=True)
+
+
+def _shown(image: Mapping[str, Any]) -> ImageContent:
+    return ImageContent(type="image", data=image["content"], mime_type=image["mime_type"])
 
 
 def _texts(texts: Sequence[str]) -> list[Any]:

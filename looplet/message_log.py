@@ -9,11 +9,11 @@ messages of request 7, then message 91.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from looplet.messages import Message, clean_message, encode, sha256
+from looplet.messages import Message, clean_message, digest, encode, sha256
 
 MAX_RANGES: Final = 8
 """longer reference lists are written relative to an earlier request"""
@@ -49,6 +49,14 @@ class MessageLog:
         self._stable = _References()
         self._lock = threading.RLock()  # tools that ask a model log from threads of their own
 
+    @classmethod
+    def restored(cls, entries: Mapping[int, Message], requests: int) -> MessageLog:
+        """Return the log of a run that goes on: its messages by number, and how many requests it has seen."""
+        log = cls()
+        log._numbers = {digest(message): number for number, message in sorted(entries.items())}
+        log._requests = requests
+        return log
+
     def request(self, messages: Sequence[Message], *, unchanged: int = 0, stable: int | None = None) -> LoggedRequest:
         """Log a request and return how to record it.
 
@@ -81,25 +89,25 @@ class MessageLog:
         if unchanged == 0:
             shared = _common_prefix(before.order, self._stable.order)
         tail = [self._number(messages[at], new) for at in range(stable, len(messages))]
-        refs, digest = self._stable.describe(tail, base=self._base, shared=shared)
+        refs, sha256_hex = self._stable.describe(tail, base=self._base, shared=shared)
         self._base = self._requests
-        return self._logged(first, new, refs, digest)
+        return self._logged(first, new, refs, sha256_hex)
 
-    def _logged(self, first: int, new: list[tuple[Message, bytes]], refs: str, digest: str) -> LoggedRequest:
+    def _logged(self, first: int, new: list[tuple[Message, bytes]], refs: str, sha256_hex: str) -> LoggedRequest:
         number, self._requests = self._requests, self._requests + 1
         said = b",".join(data for _, data in new).decode()
-        return LoggedRequest(number, refs, digest, first, tuple(message for message, _ in new), f"[{said}]")
+        return LoggedRequest(number, refs, sha256_hex, first, tuple(message for message, _ in new), f"[{said}]")
 
     def _number(self, message: Message, new: list[tuple[Message, bytes]]) -> tuple[int, bytes]:
         known = self._known.get(id(message))
         if known is None:
             data = encode((message if self._clean is None else clean_message(message, self._clean)).to_dict())
-            digest = sha256(data).digest()
-            number = self._numbers.get(digest)
+            hashed = sha256(data).digest()
+            number = self._numbers.get(hashed)
             if number is None:
-                number = self._numbers[digest] = len(self._numbers)
+                number = self._numbers[hashed] = len(self._numbers)
                 new.append((message, data))
-            known = self._known[id(message)] = (message, number, digest)
+            known = self._known[id(message)] = (message, number, hashed)
         return known[1], known[2]
 
 
@@ -113,16 +121,16 @@ class _References:
         self.ranges: list[tuple[int, int]] = []
         self.sha = sha256()
 
-    def add(self, number: int, digest: bytes) -> None:
+    def add(self, number: int, hashed: bytes) -> None:
         self.order.append(number)
-        self.sha.update(digest)
+        self.sha.update(hashed)
         _extend(self.ranges, number)
 
     def describe(self, tail: list[tuple[int, bytes]], *, base: int, shared: int) -> tuple[str, str]:
         """Return references and hash of these messages and `tail`; request `base` shares the first `shared`."""
         sha = self.sha.copy()
-        for _, digest in tail:
-            sha.update(digest)
+        for _, hashed in tail:
+            sha.update(hashed)
         numbers = [number for number, _ in tail]
         if len(self.ranges) <= MAX_RANGES or base < 0 or shared == 0:
             ranges = list(self.ranges)

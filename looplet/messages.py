@@ -12,6 +12,7 @@ from functools import cache
 from itertools import chain, islice
 from typing import Any, Final, TypeAlias, overload
 
+from looplet.tokens import TokenEstimate
 from looplet.types import Reply, ToolCall
 
 Part: TypeAlias = dict[str, Any]
@@ -107,6 +108,18 @@ class Conversation:
         self._clean: Callable[[Any], Any] | None = None
         self.edits = 0
         """how often something other than appending happened"""
+        self.task: Message | None = None
+        """the message that says what is to be done, where it is not the first of the user; compaction keeps it"""
+        self.estimate = TokenEstimate()
+
+    @property
+    def tokens(self) -> int:
+        """Return about how many tokens the next request will have, tool schemas and system prompt included."""
+        return self.estimate.of(self._messages)
+
+    def calibrate(self, input_tokens: int) -> None:
+        """Take note of how long the provider says that a request with the messages as they are now was."""
+        self.estimate.calibrate(self._messages, input_tokens)
 
     def join(self, clean: Callable[[Any], Any]) -> None:
         """Become the conversation of a run; `clean` is its boundary."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from looplet.errors import ConfigError
 from looplet.messages import Message, Part, encode, unsealed
+from looplet.parts import is_blob, with_blobs, with_markers
 
 RULE: Final = "═══"
 TEXT_REPLY: Final = (
@@ -116,12 +117,19 @@ def reread_task(text: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def part_text(part: Part) -> str:
-    """Return the text of one message part; structured parts as JSON."""
+    """Return the text of one message part; structured parts as JSON, images as markers."""
     kind = part["type"]
     if kind in ("text", "reasoning"):
         return str(part["content"])
-    value = part.get("response") if kind == "tool_call_response" else part.get("arguments", part.get("content"))
-    return value if isinstance(value, str) else encode(value).decode()
+    if kind == "tool_call_response":
+        value = part.get("response")
+    else:
+        value = part if is_blob(part) else part.get("arguments", part.get("content", part.get("uri")))
+    text = value if isinstance(value, str) else encode(value).decode()
+    if isinstance(value, str) or '"blob"' not in text:
+        return text
+    shown = with_markers(value)
+    return shown if isinstance(shown, str) else encode(shown).decode()
 
 
 def text_protocol(catalog: str) -> Message:
@@ -175,11 +183,14 @@ def _split(text: str, headers: list[str]) -> list[str]:
 
 
 def _with_text(part: Part, old: str, new: str) -> Part:
-    if new == old:
+    if new == old or is_blob(part):
         return part
     kind = part["type"]
     if kind == "tool_call_response":
-        return {**part, "response": new if isinstance(part.get("response"), str) else _parsed(new)}
+        response = part.get("response")
+        return {**part, "response": new if isinstance(response, str) else with_blobs(_parsed(new), response)}
+    if kind == "uri":
+        return {**part, "uri": new}
     if kind == "tool_call":
         value = _parsed(new)
         return {**part, "arguments": value if isinstance(value, dict) else {"text": new}}

@@ -38,6 +38,8 @@ class Parameters:
     _converters: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict, repr=False)
     _convert: Callable[[dict[str, Any]], dict[str, Any]] | None = field(default=None, repr=False)
     """converts a whole call, leaving out unknown names; None when that could hide unknown keys further in"""
+    check: Callable[[dict[str, Any]], object] | None = field(default=None, repr=False)
+    """looks at what else fits the schema; raises ToolError (validation)"""
 
     def validate(self, tool: str, args: dict[str, Any]) -> dict[str, Any]:
         """Return `args` as keyword arguments of the hinted types, without the names that begin with `__`.
@@ -56,9 +58,12 @@ class Parameters:
             if values is not None and len(values) == len(args):
                 return values
         try:
-            return self._validate_each(tool, self._given(tool, args))
+            values = self._validate_each(tool, self._given(tool, args))
+            if self.check is not None:
+                self.check(values)
         except RecursionError:
             raise self._error([f"tool {tool!r}: the arguments are nested too deeply; send a flatter value"]) from None
+        return values
 
     def _given(self, tool: str, args: dict[str, Any]) -> dict[str, Any]:
         args = {name: value for name, value in args.items() if not name.startswith("__")}
@@ -200,13 +205,27 @@ def declared_parameters(parameters: Mapping[str, Any]) -> Parameters:
 
 def type_schema(type_: Any) -> dict[str, Any]:
     """Return the JSON Schema of any type; `{}`, which accepts anything, when msgspec has none for it."""
-    (schema,), definitions = _components([_usable(type_, ...)])
-    if "$ref" in schema:  # an object at the root reads better, and some providers insist on it
+    return exact_schema(_usable(type_, ...))
+
+
+def exact_schema(type_: Any) -> dict[str, Any]:
+    """Return the JSON Schema of a type; raises what msgspec raises (TypeError, NameError, ...) when it has none."""
+    (schema,), definitions = _components([type_])
+    return _tidy(unfolded(schema, definitions))
+
+
+def unfolded(schema: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema that holds its definitions, with an object at its root instead of a reference to one.
+
+    That reads better, and some providers insist on it.
+    """
+    definitions = dict(definitions)
+    if "$ref" in schema:
         name = schema["$ref"].removeprefix("#/$defs/")
         schema = definitions[name] | {key: value for key, value in schema.items() if key != "$ref"}
         if f"'#/$defs/{name}'" not in repr((schema, definitions)):
             del definitions[name]
-    return _tidy(schema) | ({"$defs": definitions} if definitions else {})
+    return schema | ({"$defs": definitions} if definitions else {})
 
 
 def _check_form(parameters: dict[str, Any], form: Any, advice: str) -> None:

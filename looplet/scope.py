@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.trace import Link
+
+from looplet.approval import ApprovalRequest, Verdict
 from looplet.backends.adapter import Model
 from looplet.boundary import Boundary
+from looplet.budgets import Guard
+from looplet.cancel import CancelToken
 from looplet.config import LoopConfig
 from looplet.hooks import HookSet
 from looplet.message_log import MessageLog
 from looplet.messages import Conversation, Message
+from looplet.models import Models
+from looplet.output import parse_output
+from looplet.plan import Closing
 from looplet.prompt import Shown
 from looplet.state import SessionLog
+from looplet.streaming import Stream, StreamEvent
+from looplet.telemetry import semconv
 from looplet.telemetry.spans import RunTrace
 from looplet.tools import BaseToolRegistry
-from looplet.types import Step, Usage
+from looplet.types import NO_USAGE, Step, ToolCall, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +44,15 @@ class RunResult:
     steps: Sequence[Step]
     usage: Usage
     task: dict[str, Any]
+    output: Any = None
+    """an object of `output_type`, once the run has ended with one"""
 
 
 @dataclass(slots=True)
 class RunScope:
     """The working set of a run; the phases share it."""
 
-    model: Model
+    models: Models
     tools: BaseToolRegistry
     hooks: HookSet
     config: LoopConfig
@@ -49,12 +62,16 @@ class RunScope:
     session_log: SessionLog
     conversation: Conversation
     task: dict[str, Any]
+    guard: Guard
+    cancel_token: CancelToken
     parent: tuple[str, str] | None = None
     """run id and tool-call id of the run whose tool started this one"""
     context: Any = None
     """the caller's own object for hooks; without one, `pre_prompt` gets the `Prompt`"""
     head: tuple[Message, ...] = ()
-    """the messages that every request begins with: system prompt, text protocol"""
+    """the messages that every request begins with: system prompt, memory, text protocol"""
+    memory: Message | None = None
+    """the one of them that tells what the memory sources said"""
     log: MessageLog = field(default_factory=MessageLog)
     shown: Shown = field(default_factory=Shown)
     """the conversation as text, for hooks that get the `Prompt`"""
@@ -81,13 +98,104 @@ class RunScope:
     """the task as the trace tells it; `{}` while a hook that may rewrite it has not seen it"""
     rewrites: bool = False
     """a `pre_prompt` hook rewrites requests: what it has not seen yet must not reach the trace"""
-    turn_usage: Usage = field(default_factory=Usage)
     turn_prompt: str = ""
+    links: Sequence[Link] = ()
+    """to the segment before"""
+    segment: int = 1
+    """from 1; a run that paused goes on with the next"""
+    spent_limit: str | None = None
+    """the budget that ended the run"""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    """answers of humans, by call id"""
+    requests: list[ApprovalRequest] = field(default_factory=list)
+    """what the run waits for, when it pauses"""
+    approvers: Sequence[Callable[[Sequence[ApprovalRequest]], None]] = ()
+    """who is told of them; without one, a run does not pause"""
+    pause: dict[str, Any] | None = None
+    """what a run that has paused goes on with (`looplet.segments`)"""
+    held: list[ToolCall] = field(default_factory=list)
+    """calls of the last reply that were not begun when the run paused"""
+    compact_service: Any = None
+    """makes the conversation shorter; a hook may put another into `state.compact_service`"""
+    output_type: Any = None
+    """what the arguments of `done` must fit"""
+    loop: Any = None
+    """the event loop of an async run"""
+    stream: Stream = field(default_factory=Stream)
+    _unclaimed: Usage = NO_USAGE
+    """what model calls used since the last step was made"""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def model(self) -> Model:
+        """Return the model that the loop asks."""
+        return self.models.primary
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id: 32 hex digits."""
+        return self.trace.recorder.run_id
+
+    @property
+    def limit(self) -> str | None:
+        """Return what allows no further turn: `steps`, `tokens`, `usd`, ...; None while there is something left."""
+        if self.spent_limit is None:
+            self.spent_limit = self.guard.exhausted() if self.state.budget_remaining > 0 else "steps"
+        return self.spent_limit
+
+    def budget_left(self) -> dict[str, float]:
+        """Return what is left of the budgets, as span attributes."""
+        return {f"{semconv.BUDGET_REMAINING}.{name}": left for name, left in self.guard.remaining().items()}
+
+    def exhaust(self, limit: str) -> None:
+        """End the run after this turn: a budget allows no more."""
+        self.spent_limit = limit
+        self.say_stop("budget_exhausted")
+
+    def tell(self, event: type[StreamEvent], **facts: Any) -> None:
+        """Tell the caller's stream, if there is one."""
+        if self.stream:
+            turn = {"turn": self.trace.turn_number} if "turn" in event.__dataclass_fields__ else {}
+            self.stream.emit(event(run_id=self.run_id, **turn, **facts))
+
+    def check_cancelled(self) -> None:
+        """Leave the run if its token was cancelled."""
+        if self.cancel_token.is_cancelled:
+            raise Closing("cancelled")
+
+    def count_usage(self, usage: Usage | None) -> None:
+        """Count a model call; tools may make them in threads of their own."""
+        ledger = self.trace.recorder.ledger
+        with self._lock:
+            ledger.count(usage)
+            if usage is not None:
+                self._unclaimed = self._unclaimed + usage
+                note_state(self.state, "usage", ledger.own)
+
+    def give_back(self, usage: Usage) -> None:
+        """Put back what a segment before this one had not claimed."""
+        self._unclaimed = usage
+
+    @property
+    def unclaimed(self) -> Usage:
+        """Return what `claim_usage` would, without claiming it."""
+        return self._unclaimed
+
+    def claim_usage(self) -> Usage:
+        """Return what model calls used since the last step was made."""
+        with self._lock:
+            usage, self._unclaimed = self._unclaimed, NO_USAGE
+        return usage
 
     @property
     def asks_rewriters(self) -> bool:
         """Tell whether a hook may rewrite what is sent, and so what may be recorded."""
         return self.context is None and bool(self.hooks.of("pre_prompt"))
+
+    def take_held(self) -> Sequence[ToolCall]:
+        """Return the calls with which a resumed run goes on; none, once they have been taken."""
+        held, self.held = self.held, []
+        return held
 
     def say_stop(self, reason: str) -> None:
         """End the run after this turn; the first reason counts."""
@@ -115,7 +223,13 @@ class RunScope:
             self.state.steps,
             self.trace.recorder.ledger.own,
             self.recorded_task,
+            self._output(ending),
         )
+
+    def _output(self, ending: str) -> Any:
+        if self.output_type is None or ending != "done":
+            return None
+        return parse_output(self.output_type, self.state.steps[-1].tool_call.args)
 
 
 def note_state(state: Any, name: str, value: Any) -> None:

@@ -10,19 +10,29 @@ from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.context import set_value
 
 from looplet._version import __version__
-from looplet.backends.adapter import Model, layers
+from looplet.backends.adapter import Model
+from looplet.backends.candidates import parts
 from looplet.boundary import Boundary, Redact
+from looplet.budgets import BudgetView, Guard
+from looplet.cancel import CANCEL_KEY, CancelToken
+from looplet.compaction import check_service
 from looplet.config import LoopConfig
-from looplet.errors import ConfigError
-from looplet.hooks import SINK, HookSet
+from looplet.errors import ConfigError, ToolError
+from looplet.hooks import APPROVALS, BUDGET, COMPACT, EMITTER, REDACT, SINK, HookSet
 from looplet.ledger import Ledger
+from looplet.memory import check_sources
 from looplet.message_log import MessageLog
 from looplet.messages import Conversation, Message
+from looplet.models import Models
+from looplet.output import with_output_type
 from looplet.prompt import render_task, text_protocol
-from looplet.scope import RunScope
+from looplet.scope import RunScope, note_state
+from looplet.segments import Paused, go_on
 from looplet.state import DefaultState, SessionLog
+from looplet.streaming import Stream
 from looplet.telemetry import semconv
 from looplet.telemetry.recorder import RUN_KEY, Recorder, Resource, Scope, new_id
 from looplet.telemetry.router import route
@@ -47,46 +57,111 @@ def make_scope(
     conversation: Conversation | None,
     max_steps: int | None,
     system_prompt: str | None,
+    resume: Any,
+    verdict: Any,
+    output_type: Any,
     tracer_provider: Any,
 ) -> RunScope:
     """Check the arguments and put a run together; raises ConfigError that says what to write instead."""
-    _check(task, tools, hooks, config, stream)
+    _check(task, tools, hooks, config)
     _check_objects(state, system_prompt, tracer_provider)
+    paused = _paused(resume, verdict, task, conversation)
     settings = _settings(config, max_steps, system_prompt, state)
-    hook_list = list(hooks or ())
-    above = _recorder_above()
-    sinks = find_sinks(llm, hook_list, above)
-    boundary, late = _boundaries(settings, sinks, above)
-    state = _state(state, settings)
-    model = Model(llm, settings, sync=sync)
-    hook_set = HookSet(hook_list)
-    run_trace = _trace(settings, boundary, late, sinks, hook_set, tracer_provider, above)
-    clean_task = boundary.clean(dict(task or {}))
-    talk = conversation if conversation is not None else Conversation()
-    talk.join(boundary.clean)
-    task_message = Message.of_text("user", render_task(clean_task))
-    talk.append(task_message, clean=True)
-    _tell_state(state, clean_task, talk)
-    return RunScope(
-        model,
+    check_sources(settings.memory_sources)
+    hook_set = HookSet(hooks or ())
+    above = recorder_above()
+    sinks = _sinks(llm, hook_set, above, paused)
+    boundary, late = _boundaries(settings, hook_set, sinks, above)
+    clean = boundary.clean if boundary.redactors else None
+    models = Models(llm, settings, sync=sync, is_subagent=above is not None, clean=clean)
+    run_trace = _trace(settings, boundary, late, sinks, hook_set, tracer_provider, above, paused)
+    tools = tools if output_type is None else with_output_type(tools, output_type, settings.done_tool)
+    run = RunScope(
+        models,
         tools,
         hook_set,
         settings,
         boundary,
         run_trace,
-        state,
+        _state(state, settings),
         session_log if session_log is not None else SessionLog(),
-        talk,
-        clean_task,
+        conversation if conversation is not None else Conversation(),
+        boundary.clean(dict(task or {})),
+        _guard(settings, hook_set, run_trace.recorder, above),
+        _cancel_token(settings),
         _parent(above),
         context,
-        head=_head(settings, model, tools, boundary),
+        head=_head(settings, models.primary, tools, boundary),
         log=MessageLog(late.clean if late is not None else None),
-        task_message=task_message,
+        stream=Stream([*([] if stream is None else [stream]), *hook_set.brought(EMITTER)]),
+        approvers=hook_set.brought(APPROVALS),
+        compact_service=_compact_service(settings, hook_set),
+        output_type=output_type,
     )
+    _hand_down(run, above)
+    run.conversation.join(boundary.clean)
+    if paused is None:
+        run.task_message = Message.of_text("user", render_task(run.task))
+        run.conversation.append(run.task_message, clean=True)
+    else:
+        go_on(run, paused, verdict)
+    _tell_state(run)
+    return run
 
 
-def _recorder_above() -> Recorder | None:
+def _hand_down(run: RunScope, above: Recorder | None) -> None:
+    """Let runs that this one's tools start find what they share with it."""
+    recorder = run.trace.recorder
+    recorder.guard = run.guard
+    recorder.depth = 1 if above is None else above.depth + 1
+    recorder.max_depth = run.config.max_depth if above is None else min(above.max_depth, run.config.max_depth)
+    if recorder.depth > recorder.max_depth:
+        raise ToolError(f"sub-agents would be nested {recorder.depth} deep; max_depth allows {recorder.max_depth}")
+    recorder.base = set_value(CANCEL_KEY, run.cancel_token, recorder.base)
+
+
+def _cancel_token(settings: LoopConfig) -> CancelToken:
+    """Return the run's own token: cancelled with the config's, and with that of the tool call that starts the run."""
+    above = otel_context.get_value(CANCEL_KEY)
+    return CancelToken(*(token for token in (settings.cancel_token, above) if isinstance(token, CancelToken)))
+
+
+def _guard(settings: LoopConfig, hooks: HookSet, recorder: Recorder, above: Recorder | None) -> Guard:
+    budgets = [*([settings.budget] if settings.budget is not None else []), *hooks.brought(BUDGET)]
+    return Guard(budgets, recorder.ledger, above=above.guard if above is not None else None)
+
+
+def _compact_service(settings: LoopConfig, hooks: HookSet) -> Any:
+    """Return what makes the conversation shorter: the config's, else the first hook that can."""
+    if settings.compact_service is not None:
+        check_service(settings.compact_service)
+        return settings.compact_service
+    return next((service for service in hooks.brought(COMPACT) if callable(service)), None)
+
+
+def _paused(resume: Any, verdict: Any, task: Any, conversation: Any) -> Paused | None:
+    if resume is None:
+        if verdict is not None:
+            raise ConfigError("verdict= answers a run that waits: pass that run, or its trace, as resume=")
+        return None
+    if task is not None or conversation is not None:
+        raise ConfigError("a resumed run has its task and its conversation; leave out task= and conversation=")
+    from looplet.resume import paused_of
+
+    return paused_of(resume)
+
+
+def _sinks(llm: Any, hooks: HookSet, above: Recorder | None, paused: Paused | None) -> list[Any]:
+    """Return who writes the run; one that is resumed from a file goes on in that file unless told otherwise."""
+    sinks = find_sinks(llm, hooks.brought(SINK), above)
+    if not sinks and paused is not None and paused.path is not None:
+        from looplet.telemetry.provenance import ProvenanceSink
+
+        sinks = [ProvenanceSink(paused.path.parent)]
+    return sinks
+
+
+def recorder_above() -> Recorder | None:
     """Return the recorder of the run inside which we are called: then this run is a sub-agent of that one."""
     recorder = otel_context.get_value(RUN_KEY)
     return recorder if isinstance(recorder, Recorder) else None
@@ -99,20 +174,16 @@ def _parent(above: Recorder | None) -> tuple[str, str] | None:
     return above.run_id, str(attributes.get(semconv.TOOL_CALL_ID, ""))
 
 
-def find_sinks(llm: Any, hooks: Sequence[Any], above: Recorder | None = None) -> list[Any]:
-    """Return the sinks of the run above, those among the hooks and those around the backend, each once."""
+def find_sinks(llm: Any, brought: Sequence[Any] = (), above: Recorder | None = None) -> list[Any]:
+    """Return the sinks of the run above, those that hooks brought and those around or inside the backend, each once."""
     inherited = above.sinks if above is not None and not above.closed else ()
     found: dict[int, Any] = {id(sink): sink for sink in inherited}
-    for thing in hooks:
-        if (sink := getattr(thing, SINK, None)) is not None:
-            found[id(sink)] = sink
-    for layer in layers(llm):
-        if (sink := getattr(layer, "__dict__", {}).get(SINK)) is not None:
-            found[id(sink)] = sink
+    around = [getattr(part, "__dict__", {}).get(SINK) for part in parts(llm)]
+    found |= {id(sink): sink for sink in (*brought, *around) if sink is not None}
     return list(found.values())
 
 
-def _check(task: Any, tools: Any, hooks: Any, config: Any, stream: Any) -> None:
+def _check(task: Any, tools: Any, hooks: Any, config: Any) -> None:
     if task is not None and not isinstance(task, Mapping):
         raise ConfigError(f'task must be a dict; write task={{"goal": {task!r:.60}}}')
     if tools is None:
@@ -125,8 +196,6 @@ def _check(task: Any, tools: Any, hooks: Any, config: Any, stream: Any) -> None:
         raise ConfigError(f"hooks must be a list of objects, not {type(hooks).__name__}: hooks=[MyHook()]")
     if config is not None and not isinstance(config, LoopConfig):
         raise ConfigError(f"config must be a LoopConfig, not {type(config).__name__}")
-    if stream is not None:
-        raise ConfigError("stream= is not available yet; iterate over the steps")
 
 
 def _check_objects(state: Any, system_prompt: Any, tracer_provider: Any) -> None:
@@ -134,6 +203,8 @@ def _check_objects(state: Any, system_prompt: Any, tracer_provider: Any) -> None
         raise ConfigError(f"system_prompt must be a str, not {type(system_prompt).__name__}")
     if state is not None and not isinstance(getattr(state, "steps", None), list):
         raise ConfigError(f"state must have a list `steps`, like DefaultState(); {type(state).__name__} has none")
+    if state is not None and state.steps:
+        raise ConfigError(f"state has the steps of an earlier run; pass a fresh one: {type(state).__name__}()")
     if tracer_provider is not None and not callable(getattr(tracer_provider, "get_tracer", None)):
         raise ConfigError(f"tracer_provider must be a TracerProvider, not {type(tracer_provider).__name__}")
 
@@ -163,12 +234,10 @@ def _state(state: Any, settings: LoopConfig) -> Any:
     return state
 
 
-def _tell_state(state: Any, task: dict[str, Any], conversation: Conversation) -> None:
-    for name, value in (("task", task), ("conversation", conversation)):
-        try:
-            setattr(state, name, value)
-        except AttributeError:  # a slotted class of the caller's own need not have our fields
-            continue
+def _tell_state(run: RunScope) -> None:
+    note_state(run.state, "task", run.task)
+    note_state(run.state, "conversation", run.conversation)
+    note_state(run.state, "budget", BudgetView(run.guard))
 
 
 def _head(settings: LoopConfig, model: Model, tools: BaseToolRegistry, boundary: Boundary) -> tuple[Message, ...]:
@@ -180,9 +249,11 @@ def _head(settings: LoopConfig, model: Model, tools: BaseToolRegistry, boundary:
     return tuple(head)
 
 
-def _boundaries(settings: LoopConfig, sinks: Sequence[Any], above: Recorder | None) -> tuple[Boundary, Boundary | None]:
+def _boundaries(
+    settings: LoopConfig, hooks: HookSet, sinks: Sequence[Any], above: Recorder | None
+) -> tuple[Boundary, Boundary | None]:
     """Return the boundary of the run, and one for what is recorded only (`redact_upstream=False`)."""
-    early = [settings.redact, *(above.boundary.redactors if above is not None else ())]
+    early = [settings.redact, *hooks.brought(REDACT), *(above.boundary.redactors if above is not None else ())]
     late: list[Redact | None] = []
     for sink in sinks:
         (early if getattr(sink, "redact_upstream", True) else late).append(getattr(sink, "redact", None))
@@ -197,25 +268,33 @@ def _trace(
     hooks: HookSet,
     tracer_provider: Any,
     above: Recorder | None,
+    paused: Paused | None,
 ) -> RunTrace:
     provider = tracer_provider if tracer_provider is not None else trace.get_tracer_provider()
     tracer = above.tracer if tracer_provider is None and above is not None else _tracer(provider)
     if tracer is not None and sinks:
         route(provider)
-    base = otel_context.get_current()
+    base = otel_context.get_current() if paused is None else _below_first_segment(paused)
     recorder = Recorder(
-        run_id=new_id(),
+        run_id=new_id() if paused is None else paused.run_id,
         boundary=boundary,
         late=late,
         sinks=sinks,
         tracer=tracer,
         context=base,
-        resource=getattr(provider, "resource", None) or default_resource(),
+        resource=above.resource if above is not None and tracer_provider is None else _resource_of(provider),
         scope=_scope(),
         capture_content=captures_content(settings, above),
         ledger=Ledger(above.ledger if above is not None else None),
     )
     return RunTrace(recorder, settings.agent_name, [bound.function for bound in hooks.observers])
+
+
+def _below_first_segment(paused: Paused) -> otel_context.Context:
+    """Return the context in which a later segment's span stands below the first one's."""
+    flags = trace.TraceFlags(int(paused.record["trace_flags"]))
+    first = trace.SpanContext(paused.trace_id, paused.first_span_id, is_remote=True, trace_flags=flags)
+    return trace.set_span_in_context(trace.NonRecordingSpan(first))
 
 
 def _tracer(provider: Any) -> trace.Tracer | None:
@@ -236,6 +315,10 @@ def captures_content(settings: LoopConfig, above: Recorder | None = None) -> boo
     if settings.capture_content is not None:
         return settings.capture_content
     return os.environ.get(CAPTURE_CONTENT, "").strip().lower() in ("span_only", "span_and_event", "true", "1")
+
+
+def _resource_of(provider: Any) -> Any:
+    return getattr(provider, "resource", None) or default_resource()
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from looplet.types import Step, Usage
@@ -27,8 +27,12 @@ class DefaultState:
     """of all model calls so far"""
     last_error: str | None = None
     """error of the most recent call that really ran; None after a success"""
+    budget: Any = None
+    """what the run has spent and what is left: `.spent`, `.remaining` (`looplet.budgets.BudgetView`)"""
     free_steps: int = 0
     """steps of `free` tools, which cost no budget"""
+    compact_service: Any = None
+    """yours: from now on, this makes the conversation shorter, whatever the run was given"""
 
     @property
     def step_count(self) -> int:
@@ -66,6 +70,17 @@ class LogEntry:
     findings: Sequence[str] = ()
     highlights: Sequence[str] = ()
     recall_key: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-like dict; `from_dict` is the inverse."""
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value if isinstance(value, (str, int)) else list(value) for name, value in told.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LogEntry:
+        """Build the entry that `to_dict` described."""
+        fields_: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
+        return cls(**fields_)
 
 
 def entry_of(step: Step) -> LogEntry:
@@ -142,12 +157,4 @@ class SessionLog:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the lines as JSON-like dicts."""
-        return [
-            {
-                name: getattr(entry, name)
-                if isinstance(getattr(entry, name), (str, int))
-                else list(getattr(entry, name))
-                for name in LogEntry.__slots__
-            }
-            for entry in self.entries
-        ]
+        return [entry.to_dict() for entry in self.entries]

@@ -10,6 +10,7 @@ from typing import Any
 
 from looplet.decisions import HookDecision, interpret
 from looplet.errors import ToolError, words_of
+from looplet.events import EventPayload, LifecycleEvent, slot
 from looplet.hooks import GATES, BoundMethod
 from looplet.plan import Effects, Skipped
 from looplet.scope import RunScope
@@ -40,6 +41,7 @@ def consult_raw(
         value = yield from phase.call(thunk)
         if take(value):
             _record(run, phase, bound, ["rewrite"], "", perf_counter() - began)
+            yield from _tell_decision(run, phase, bound, HookDecision())
             return HookDecision()
         decision = _clean(run, interpret(value, bound.hook, bound.method))
     except Skipped:
@@ -49,11 +51,27 @@ def consult_raw(
     else:
         if said := decision.said():
             _record(run, phase, bound, said, decision.reason, perf_counter() - began)
+            yield from _tell_decision(run, phase, bound, decision)
     if decision.additional_context:
         run.briefing.append(decision.additional_context)
     if decision.stop is not None:
         run.say_stop(decision.stop)
     return decision
+
+
+def announce(run: RunScope, phase: Phase, event: LifecycleEvent, **facts: Any) -> Effects[list[HookDecision]]:
+    """Tell the hooks of an event; return what they answered.  Facts are fields of `EventPayload`."""
+    decisions = []
+    for bound in run.hooks.of(slot(event)):
+        decision = yield from consult(run, phase, bound, payload(run, event, **facts))
+        decisions.append(decision)
+    return decisions
+
+
+def payload(run: RunScope, event: LifecycleEvent, **facts: Any) -> EventPayload:
+    """Return what hooks are told of an event."""
+    facts.setdefault("step_num", len(run.state.steps) + 1)
+    return EventPayload(event, state=run.state, session_log=run.session_log, context=run.context, **facts)
 
 
 def clean_result(run: RunScope, result: ToolResult, duration_ms: float | None = None) -> ToolResult:
@@ -81,6 +99,12 @@ def clean_result(run: RunScope, result: ToolResult, duration_ms: float | None = 
         clean.clean(result.metadata),
         raw=result.data if result.raw is None else result.raw,
     )
+
+
+def _tell_decision(run: RunScope, phase: Phase, bound: BoundMethod, decision: HookDecision) -> Effects[None]:
+    if bound.method != slot(LifecycleEvent.HOOK_DECISION):
+        facts = {"hook_slot": bound.method, "hook_name": bound.hook, "extra": {"decision": decision}}
+        yield from announce(run, phase, LifecycleEvent.HOOK_DECISION, **facts)
 
 
 def _no_rewrite(value: Any) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, Self, overload
 
 from looplet.cancel import CancelToken
-from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean, words_of
+from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
 from looplet.schema import Parameters, declared_parameters, function_parameters
+from looplet.toolerrors import to_tool_error
 from looplet.types import ToolCall, ToolResult, summarize_args
 
 
@@ -23,15 +25,15 @@ from looplet.types import ToolCall, ToolResult, summarize_args
 class ToolContext:
     """What a tool gets beside its arguments; fresh for each call."""
 
-    cwd: str | None = None
-    workspace_root: str | None = None
-    cancel_token: CancelToken | None = None
+    cancel_token: CancelToken = field(default_factory=CancelToken)
+    """cancelled when nobody waits for the call any more: it took too long, or the run was left"""
     on_progress: Callable[[str, Any], Any] | None = None
     session_id: str | None = None
     """the run's id"""
     metadata: dict[str, Any] = field(default_factory=dict)
+    """`LoopConfig.tool_metadata` and the state's, in a dict of this call's own"""
     llm: Any = None
-    """the run's backend"""
+    """the run's model; what it is asked is part of the run"""
     request_approval: Callable[[str, list[str]], str | None] | None = None
     warnings: list[str] = field(default_factory=list)
     resources: dict[str, Any] = field(default_factory=dict)
@@ -55,26 +57,30 @@ class ToolSpec:
     """A function as a tool.
 
     `parameters` is a JSON Schema of an object, or `{name: "description"}` with every parameter required unless its
-    description begins with "(optional)"; without it the function's signature says.  Raises ConfigError for a name that
-    providers refuse.
+    description begins with "(optional)", or what `looplet.schema` made; without it the function's signature says.
+    Raises ConfigError for a name that providers refuse.
     """
 
     name: str
     description: str
-    parameters: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] | Parameters | None = None
     execute: Callable[..., Any] = lambda: None
     concurrent_safe: bool = False
     """may run at the same time as its neighbours"""
     free: bool = False
     """costs no step of the budget"""
     timeout_s: float | None = None
-    """seconds after which a call is abandoned"""
+    """seconds after which a call is abandoned, and told so by `ctx.cancel_token`"""
     requires: Sequence[str] = ()
     """names of registry resources that `ctx.resources` must hold"""
     tags: Sequence[str] = ()
     render: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     """other names for arguments: `{"summary": "answer"}`"""
+    retries: int = 0
+    """how often a call is made again after an error that may pass: network, rate limit, ToolError(retriable=True)"""
+    idempotent: bool = False
+    """making the call twice does no more than making it once: it may be repeated when nobody knows its effect"""
     _signature: Parameters = field(init=False, repr=False, compare=False)
     _accepts_ctx: bool = field(init=False, repr=False, compare=False)
     is_async: bool = field(init=False, repr=False, compare=False)
@@ -84,9 +90,11 @@ class ToolSpec:
             raise ConfigError(f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-'")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise ConfigError(f"tool {self.name!r}: timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise ConfigError(f"tool {self.name!r}: retries must be a whole number from 0, not {self.retries!r}")
         inferred = function_parameters(self.execute)
         put = partial(object.__setattr__, self)
-        put("_signature", inferred if self.parameters is None else declared_parameters(dict(self.parameters)))
+        put("_signature", _parameters_of(self.parameters, inferred))
         put("_accepts_ctx", inferred.accepts_ctx)
         put("is_async", _is_async(self.execute))
 
@@ -157,6 +165,10 @@ def tool(
     concurrent_safe: bool = False,
     free: bool = False,
     timeout_s: float | None = None,
+    retries: int = 0,
+    idempotent: bool = False,
+    requires: Sequence[str] = (),
+    tags: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], ToolSpec]: ...
 def tool(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     """Make a function a tool; the description is the docstring's first paragraph unless given."""
@@ -165,9 +177,18 @@ def tool(fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
     return _spec_of(fn, **settings)
 
 
+def _parameters_of(given: Mapping[str, Any] | Parameters | None, inferred: Parameters) -> Parameters:
+    if given is None:
+        return inferred
+    return given if isinstance(given, Parameters) else declared_parameters(dict(given))
+
+
 def _spec_of(
     fn: Callable[..., Any], *, name: str | None = None, description: str | None = None, **rest: Any
 ) -> ToolSpec:
+    settings = [f.name for f in fields(ToolSpec) if f.init]
+    if strange := [setting for setting in rest if setting not in settings]:
+        raise ConfigError(f"@tool has no setting {strange[0]!r}{did_you_mean(strange[0], settings)}")
     words = description or _first_paragraph(fn)
     own_name: str = getattr(fn, "__name__", type(fn).__name__)
     return ToolSpec(name or own_name, words, execute=fn, **rest)
@@ -187,6 +208,12 @@ class BaseToolRegistry:
             raise ConfigError(f"two tools are called {found.name!r}; give one of them another name: @tool(name=...)")
         self._tools[found.name] = found
         return found
+
+    def with_tool(self, spec: ToolSpec) -> Self:
+        """Return a copy that has `spec`, in the place of the tool of that name if there is one."""
+        registry = copy(self)
+        registry._tools = {**self._tools, spec.name: spec}  # noqa: SLF001 - its own class
+        return registry
 
     def tool(self, fn: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
         """Register a function: `@tools.tool` or `@tools.tool(description=...)`."""
@@ -286,6 +313,11 @@ def register_done_tool(
 
     Without `parameters` it takes `answer`, and accepts `summary` as another name for it.
     """
+    registry.register(make_done_tool(name, parameters))
+
+
+def make_done_tool(name: str = "done", parameters: Mapping[str, Any] | Parameters | None = None) -> ToolSpec:
+    """Return the tool by which the model says that it has finished; `register_done_tool` says what it takes."""
 
     def done(answer: str) -> dict[str, Any]:
         return {"status": "completed", "answer": answer}
@@ -298,10 +330,9 @@ def register_done_tool(
         "Finish: call this once, when the task is done.",
         parameters,
         done if parameters is None else done_with,
-        free=False,
-        aliases={"summary": "answer"} if parameters is None or "answer" in str(parameters) else {},
     )
-    registry.register(spec)
+    names = spec.parameter_names()
+    return replace(spec, aliases={"summary": "answer"}) if "answer" in names and "summary" not in names else spec
 
 
 def register_think_tool(registry: BaseToolRegistry) -> None:
@@ -327,39 +358,6 @@ def failure(call: ToolCall, error: ToolError, **rest: Any) -> ToolResult:
     """Return the result of a call that failed."""
     rest.setdefault("args_summary", summarize_args(call.args))
     return ToolResult(call.tool, error=error.message, error_detail=error, call_id=call.call_id, **rest)
-
-
-_RATE_LIMIT = ("ratelimit", "rate limit", "too many requests", "429")
-_CONTEXT = ("context length", "context_length", "maximum context")
-
-
-def to_tool_error(error: BaseException) -> ToolError:
-    """Return what an exception in a tool means for the model: its kind, and whether to try again."""
-    if isinstance(error, ToolError):
-        return error
-    words = f"{type(error).__name__}: {words_of(error)}"
-    kind, retriable = _classify(error, words.lower())
-    return ToolError(words, kind=kind, retriable=retriable)
-
-
-def _classify(error: BaseException, words: str) -> tuple[ErrorKind, bool]:
-    by_class: list[tuple[type[BaseException], ErrorKind, bool]] = [
-        (TimeoutError, ErrorKind.TIMEOUT, True),
-        (PermissionError, ErrorKind.PERMISSION_DENIED, False),
-        (ConnectionError, ErrorKind.NETWORK, True),
-    ]
-    for kind, name, retriable in by_class:
-        if isinstance(error, kind):
-            return name, retriable
-    if any(mark in words for mark in _RATE_LIMIT):
-        return ErrorKind.RATE_LIMIT, True
-    if any(mark in words for mark in _CONTEXT):
-        return ErrorKind.CONTEXT_OVERFLOW, False
-    if "parseerror" in words or "decodeerror" in words:
-        return ErrorKind.PARSE, False
-    if isinstance(error, (ValueError, TypeError, KeyError)):
-        return ErrorKind.VALIDATION, False
-    return ErrorKind.EXECUTION, False
 
 
 def _finished(value: Any) -> Any:

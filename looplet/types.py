@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from looplet.errors import ErrorKind, ToolError
+from looplet.parts import describe, with_markers
 
 JSON: TypeAlias = "dict[str, Any] | list[Any] | str | int | float | bool | None"
 
@@ -205,11 +206,11 @@ class Step:
         head = f"S{self.number} {mark} {result.tool}({result.args_summary})"
         if result.error is not None:
             return f"{head} → {cut(result.error, 60)}"
-        if isinstance(result.data, dict):
+        if isinstance(result.data, dict) and not describe(result.data):
             totals = {k: v for k, v in result.data.items() if k in ("total", "total_items")}
             shown = totals or dict(list(result.data.items())[:3])
-            return f"{head} → " + ", ".join(f"{k}: {cut(str(v), 60)}" for k, v in shown.items())
-        return f"{head} → {cut(str(result.data), 60)}"
+            return f"{head} → " + ", ".join(f"{k}: {_short(v)}" for k, v in shown.items())
+        return f"{head} → {_short(result.data)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the step as a JSON-like dict."""
@@ -234,9 +235,13 @@ def _tail(result: ToolResult) -> str:
         return ""
     if isinstance(data, list):
         return f"{len(data)} items"
-    if isinstance(data, dict):
+    if isinstance(data, dict) and not describe(data):
         return _dict_tail(data)
-    return cut(str(data), 60)
+    return _short(data)
+
+
+def _short(value: Any) -> str:
+    return cut(describe(value) or str(with_markers(value)), 60)
 
 
 def _dict_tail(data: dict[str, Any]) -> str:
@@ -248,5 +253,5 @@ def _dict_tail(data: dict[str, Any]) -> str:
         return f"{len(lists[0][1])} {lists[0][0]}"
     if len(data) == 1:
         key, value = next(iter(data.items()))
-        return f"{key}: {cut(str(value), 60)}"
+        return f"{key}: {_short(value)}"
     return f"{len(data)} keys"

@@ -195,6 +195,7 @@ def make_runs(provider, *sinks):
         composable_loop(MockLLMBackend(TEXTS), hooks=[*sinks], max_steps=4, **common),
         composable_loop(MockLLMBackend([ConnectionError("gone")]), hooks=[*sinks], **common),
         composable_loop(ScriptedBackend(["a", "b", "c", "d"]), hooks=[*sinks], max_steps=1, **common),
+        composable_loop(ScriptedBackend([REPLIES[-1]]), hooks=[*sinks], stream=lambda event: None, **common),
     ]
 
 
@@ -229,12 +230,12 @@ def recordings(request, tmp_path_factory):
     """Return what all these runs recorded."""
     provider = TracerProvider(shutdown_on_exit=False) if request.param == "a provider" else None
     out = []
-    for number in range(5):
+    for number in range(6):
         folder, collector = tmp_path_factory.mktemp("run"), Collector()
         list(make_runs(provider, ProvenanceSink(folder), collector)[number])
         out.append(Recording(folder / "trace.jsonl", collector.spans))
     assert [Trace.load(r.path).runs[0].stop_reason for r in out] == [
-        "done", "done", "budget_exhausted", "llm_error", "budget_exhausted",
+        "done", "done", "budget_exhausted", "llm_error", "budget_exhausted", "done",
     ]  # fmt: skip
     return out
 

@@ -21,7 +21,8 @@ from looplet import (
     tools_from,
 )
 from looplet.testing import ScriptedBackend
-from looplet.tools import register_think_tool, to_tool_error
+from looplet.toolerrors import to_tool_error
+from looplet.tools import register_think_tool
 
 DONE = ("done", {"answer": "x"})
 
@@ -56,6 +57,11 @@ def test_the_registry_refuses_two_tools_of_one_name_and_bad_names():
         tools_from(lambda: 1)
     assert "x" in registry
     assert len(registry) == 1
+
+
+def test_a_misspelt_setting_gets_a_hint():
+    with pytest.raises(ConfigError, match="@tool has no setting 'retry'; did you mean 'retries'"):
+        tool(retry=2)(lambda: 1)
 
 
 def test_done_accepts_summary_as_another_name_for_answer():

@@ -6,7 +6,8 @@ A backend is an object with one of these methods, sync or `async def`; the first
     generate_with_tools(prompt, *, tools, max_tokens, system_prompt, temperature) -> list of content blocks
     generate(prompt, *, max_tokens, system_prompt, temperature) -> str
 
-A method gets only the keyword arguments that it takes.
+One with `chat` may also have `stream`, with the same arguments: an iterator (async: an async one) of `looplet.Delta`s
+whose last item is the whole `Reply`.  A method gets only the keyword arguments that it takes.
 """
 
 from __future__ import annotations
@@ -50,34 +51,61 @@ class Backend(Protocol):
 
 
 class Model:
-    """A backend as the loop sees it."""
+    """A backend as the loop sees it; `clean` maps the tool definitions that it is sent."""
 
-    def __init__(self, llm: Any, config: LoopConfig, *, sync: bool) -> None:
+    def __init__(self, llm: Any, config: LoopConfig, *, sync: bool, clean: Callable[[Any], Any] | None = None) -> None:
         self.llm = llm
         self.protocol = _protocol_of(llm, native=config.use_native_tools)
         self.name = str(getattr(llm, "model", "") or "")
         self.provider = str(getattr(llm, "provider", "") or type(list(layers(llm))[-1]).__name__)
+        self.base_url = str(getattr(llm, "base_url", "") or "")
         self.server_address = getattr(llm, "server_address", None)
         self.server_port = getattr(llm, "server_port", None)
         self.native = config.use_native_tools and self.protocol != "generate"
+        self.streams = self.protocol == "chat" and callable(getattr(llm, "stream", None))
         self._method = getattr(llm, self.protocol)
+        self._clean = clean
         self._sync = sync
         if sync and _is_async(self._method):
             raise ConfigError("this backend is async: iterate with `async for step in async_composable_loop(...)`")
         self.lane = INLINE if _is_async(self._method) else SERIAL
         self._settings = self._settings_for(config)
+        self._needs_tools = self._requires("tools")
         self._takes_system = bool(self._accepted({"system_prompt": ""}))
 
-    def request(self, messages: Sequence[Message], tools: BaseToolRegistry) -> Callable[[], Any]:
-        """Return the call that asks the model; the messages begin with the system prompt, if there is one."""
-        system, first = self._split_system(messages)
-        given = {**self._settings, **system}
-        if self.protocol != "chat":
-            first = render(first)
-        if self.native:
-            given["tools"] = tools.tool_schemas() if self.protocol == "chat" else _api_schemas(tools)
+    def request(
+        self, messages: Sequence[Message], tools: BaseToolRegistry | None, overrides: Mapping[str, Any] | None = None
+    ) -> Callable[[], Any]:
+        """Return the call that asks the model; the messages begin with the system prompt, if there is one.
+
+        `overrides`: keyword arguments that beat those of the run's settings, where the method takes them.
+        """
+        first, given = self._arguments(messages, tools, overrides)
         call = partial(self._method, first, **given)
         return (lambda: refuse_async(call())) if self._sync else call
+
+    def stream(
+        self, messages: Sequence[Message], tools: BaseToolRegistry | None, overrides: Mapping[str, Any] | None = None
+    ) -> Callable[[], Any]:
+        """Return the call that opens a stream of the answer."""
+        first, given = self._arguments(messages, tools, overrides)
+        return partial(self.llm.stream, first, **given)
+
+    def _arguments(
+        self, messages: Sequence[Message], tools: BaseToolRegistry | None, overrides: Mapping[str, Any] | None
+    ) -> tuple[Any, dict[str, Any]]:
+        system, first = self._split_system(messages)
+        given = {**self._settings, **system}
+        if overrides:
+            given |= {name: v for name, v in self._accepted(dict(overrides)).items() if v is not None}
+        if self.protocol != "chat":
+            first = render(first)
+        if self.native and tools is not None:
+            schemas = tools.tool_schemas() if self.protocol == "chat" else _api_schemas(tools)
+            given["tools"] = schemas if self._clean is None else self._clean(schemas)
+        elif self._needs_tools:
+            given.setdefault("tools", None if self.protocol == "chat" else [])
+        return first, given
 
     def reply(self, raw: Any, boundary: Boundary, known: Collection[str] = ()) -> Reply:
         """Return the model's answer, cleaned; raises LoopletError when the backend returned something else.
@@ -87,7 +115,7 @@ class Model:
         reply = _reply_of(raw, self.protocol)
         usage = reply.usage
         if usage is not None:
-            usage = priced(usage, reply.model or self.name, str(getattr(self.llm, "base_url", "") or ""))
+            usage = priced(usage, reply.model or self.name, self.base_url)
         clean = boundary.text
         calls = tuple(_clean_call(call, boundary) for call in reply.tool_calls)
         text = clean(reply.text) if calls else _clean_text(reply.text, boundary, known)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
-from looplet.backends.clients import AsyncClientBackend, ClientBackend, SyncClientBackend
+from looplet.backends.client_backend import ClientBackend
+from looplet.backends.clients import AsyncClientBackend, SyncClientBackend
 from looplet.backends.messages_api import REPAIRS, CachePolicy, hour_tokens, reply_of, request_of, thinking_of
+from looplet.backends.streams import Assembly, MessageAssembly
 from looplet.backends.wire import Wire
 from looplet.errors import ConfigError
 from looplet.messages import Message
@@ -74,6 +76,9 @@ class _AnthropicBackend(ClientBackend):
             return reply
         usage = priced(reply.usage, reply.model or self.model, self.base_url, cache_write_1h_tokens=hour)
         return replace(reply, usage=usage)
+
+    def _assembly(self) -> Assembly:
+        return MessageAssembly()
 
 
 class AnthropicBackend(_AnthropicBackend, SyncClientBackend):

@@ -5,7 +5,8 @@ Pure functions; `looplet.backends.openai` does the asking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, Final
 
 from looplet.backends.wire import (
@@ -16,14 +17,20 @@ from looplet.backends.wire import (
     count_of,
     field_of,
     finish_reason,
-    settle,
+    is_image,
+    results_of,
     text_of,
     wire_name,
 )
 from looplet.messages import Message, Part, encode
+from looplet.prompt import part_text
 from looplet.types import Reply, ToolCall, Usage
 
-REPAIRS: Final[Mapping[str, str | None]] = {"max_tokens": "max_completion_tokens", "temperature": None}
+REPAIRS: Final[Mapping[str, str | None]] = {
+    "max_tokens": "max_completion_tokens",
+    "temperature": None,
+    "stream_options": None,
+}
 """parameters that some models refuse, and what to send instead"""
 
 _FINISH_REASONS: Final = {
@@ -68,28 +75,64 @@ def request_of(
 def wire_messages(messages: Sequence[Message], system_prompt: str = "") -> list[Wire]:
     """Return the messages as the API takes them: each tool call is followed by its result, wherever that stood.
 
-    A result whose call is not there (compacted away, or made in plain text) becomes a user message.
+    A result whose call is not there (compacted away, or made in plain text) becomes a user message.  So do the images
+    of results, for which the API has no room: one message behind all results that were given together.
     """
     wire: list[Wire] = [{"role": "system", "content": system_prompt}] if system_prompt else []
     waiting: dict[str, Wire] = {}
-    for message in messages:
-        if message.role == "tool":
-            wire += [{"role": "user", "content": text} for text in settle(message, waiting)]
+    for are_results, group in groupby(messages, key=lambda message: message.role == "tool"):
+        if are_results:
+            wire += _settle(group, waiting)
             continue
-        wire.append(_wire_message(message))
-        for call in wire[-1].get("tool_calls", ()):
-            result = {"role": "tool", "tool_call_id": call["id"], "content": NOT_RUN}
-            waiting[call["id"]] = result
-            wire.append(result)
+        for message in group:
+            wire.append(_wire_message(message))
+            for call in wire[-1].get("tool_calls", ()):
+                result = {"role": "tool", "tool_call_id": call["id"], "content": NOT_RUN}
+                waiting[call["id"]] = result
+                wire.append(result)
     return wire
+
+
+def _settle(messages: Iterable[Message], waiting: dict[str, Wire]) -> Iterator[Wire]:
+    """Write each result into the place that waits for it; yield the user messages that say what had no place."""
+    shown: list[Wire] = []
+    for result in chain.from_iterable(results_of(message, waiting) for message in messages):
+        images = [*map(_image, result.images)]
+        if result.place is None:
+            yield {"role": "user", "content": [_text(result.text), *images] if images else result.text}
+            continue
+        result.place["content"] = result.text
+        if images:
+            shown += [_text(f"Images of tool call {result.place['tool_call_id']}:"), *images]
+    if shown:
+        yield {"role": "user", "content": shown}
 
 
 def _wire_message(message: Message) -> Wire:
     text = message.text
     calls = [_wire_call(part) for part in message.parts if part["type"] == "tool_call"]
-    if not calls:
-        return {"role": message.role, "content": text}
-    return {"role": message.role, "content": text or None, "tool_calls": calls}
+    if calls:
+        return {"role": message.role, "content": text or None, "tool_calls": calls}
+    if message.role == "user" and any(map(is_image, message.parts)):
+        return {"role": "user", "content": [*_user_content(message.parts)]}
+    return {"role": message.role, "content": text}
+
+
+def _user_content(parts: Iterable[Part]) -> Iterator[Wire]:
+    for part in parts:
+        if is_image(part):
+            yield _image(part)
+        elif text := part_text(part):
+            yield _text(text)
+
+
+def _text(text: str) -> Wire:
+    return {"type": "text", "text": text}
+
+
+def _image(part: Part) -> Wire:
+    url = part["uri"] if part["type"] == "uri" else f"data:{part['mime_type']};base64,{part['content']}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _wire_call(part: Part) -> Wire:
@@ -124,7 +167,7 @@ def _first_choice(completion: Any) -> Any:
     choices = field_of(completion, "choices")
     if isinstance(choices, list) and choices and field_of(choices[0], "message") is not None:
         return choices[0]
-    raise bad_response(completion, "choices", "does base_url= end in /v1?")
+    raise bad_response(completion, "choices", "does base_url= end in /v1?", _usage_of(field_of(completion, "usage")))
 
 
 def _call_of(call: Any) -> ToolCall:

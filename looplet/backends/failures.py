@@ -36,6 +36,22 @@ _ADVICE: Final = {
     "timeout": "try again later, or raise timeout_s=",
     "conflict": "try again",
 }
+STREAM_CUT: Final = "stream_cut"
+"""the answer broke off, and nobody said why"""
+_STREAMED: Final = {
+    "overloaded_error": "overloaded",
+    "rate_limit_error": "rate_limit",
+    "rate_limit_exceeded": "rate_limit",
+    "api_error": "server_error",
+    "server_error": "server_error",
+    "timeout_error": "timeout",
+    "invalid_request_error": "bad_request",
+    "authentication_error": "auth",
+    "permission_error": "auth",
+    "billing_error": "quota",
+    "insufficient_quota": "quota",
+}
+"""types and codes of errors that come in a stream, where no status says what they are"""
 _TOO_LONG: Final = re.compile(
     r"context[ _-]?(length|window|size|limit)|prompt is too long|request_too_large", re.IGNORECASE
 )
@@ -68,6 +84,25 @@ def to_backend_error(error: Exception, *, package: str, model: str, base_url: st
         return ConfigError(f"{error}; pass timeout_s= to wait for so long an answer, or a smaller max_tokens")
     kind = "bad_response" if isinstance(error, sdk.APIError) else "backend_error"
     return BackendError(f"{type(error).__name__}: {error}", kind=kind)
+
+
+def to_stream_error(error: Exception, *, package: str, model: str, base_url: str) -> BackendError:
+    """Return what an error in the middle of an answer means: the provider's own kind of it, else `stream_cut`."""
+    sdk, host = import_module(package), urlsplit(base_url).netloc
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        words = f"{host} sent broken JSON in its stream ({error}); try again"
+        return BackendError(words, kind="bad_response", retryable=True)
+    if not isinstance(error, sdk.APIError) or isinstance(error, sdk.APIConnectionError):
+        kind = "timeout" if "Timeout" in type(error).__name__ else STREAM_CUT
+        advice = _ADVICE.get(kind, "try again")
+        return BackendError(f"the stream from {host} broke off: {_cause(error)}; {advice}", kind=kind, retryable=True)
+    words = _words(error).rstrip(".")
+    if _TOO_LONG.search(f"{_code(error)} {_type(error)} {words}"):
+        return ContextOverflow(f"{host} said: {words}; send less, or compact the conversation")
+    kind = _stream_kind(error, words)
+    advice = _ADVICE.get(kind, "try again").format(model=model, url=base_url, env=package.upper())
+    retryable = kind in _RETRYABLE or kind == STREAM_CUT
+    return BackendError(f"{host} broke its answer off: {words}; {advice}", kind=kind, retryable=retryable)
 
 
 def refused_parameter(error: Exception) -> str | None:
@@ -120,6 +155,12 @@ def _of_status(error: Any, env: str, model: str, base_url: str) -> BackendError:
     )
 
 
+def _stream_kind(error: Any, words: str) -> str:
+    code = _code(error)
+    named = _STREAMED.get(_type(error)) or _STREAMED.get(code)
+    return named or (_kind(int(code), None, words) if code.isdigit() else STREAM_CUT)
+
+
 def _kind(status: int, code: str | None, words: str) -> str:
     if code == "insufficient_quota" or "credit balance is too low" in words:
         return "quota"
@@ -141,6 +182,12 @@ def _type(error: Any) -> str:
     """Return the provider's own word for what kind of error this is, an empty string when it has none."""
     body = _body(error)
     return str(body.get("type") or "") if isinstance(body, Mapping) else ""
+
+
+def _code(error: Any) -> str:
+    """Return the provider's code for the error: a word, or an HTTP status."""
+    body = _body(error)
+    return str(body.get("code") or "") if isinstance(body, Mapping) else ""
 
 
 def _body(error: Any) -> Any:

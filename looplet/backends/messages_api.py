@@ -24,7 +24,8 @@ from looplet.backends.wire import (
     count_of,
     field_of,
     finish_reason,
-    settle,
+    is_image,
+    results_of,
     text_of,
     wire_name,
 )
@@ -142,13 +143,24 @@ def wire_messages(messages: Iterable[Message]) -> list[Wire]:
     ids: set[str] = set()
     for message in messages:
         if message.role == "tool":
-            _say(wire, "user", [_text(text) for text in settle(message, waiting)])
+            _say(wire, "user", list(_settle(message, waiting)))
         elif message.role != "system":
             role = "assistant" if message.role == "assistant" else "user"
             results: list[Wire] = []
             _say(wire, role, list(_blocks(message, ids, waiting, results)))
             _say(wire, "user", results)
     return wire or [{"role": "user", "content": [_text(GO_ON)]}]
+
+
+def _settle(message: Message, waiting: dict[str, Wire]) -> Iterator[Wire]:
+    """Write each result into the place that waits for it; yield the blocks of those that have none."""
+    for result in results_of(message, waiting):
+        shown = [] if result.failed else [*map(_image, result.images)]  # the API takes no image of an error
+        blocks = [_text(result.text), *shown]
+        if result.place is None:
+            yield from blocks
+        else:
+            result.place.update(content=blocks if shown else result.text, is_error=result.failed)
 
 
 def _say(wire: list[Wire], role: str, blocks: list[Wire]) -> None:
@@ -177,6 +189,8 @@ def _blocks(message: Message, ids: set[str], waiting: dict[str, Wire], results: 
             yield {"type": "tool_use", "id": call_id, "name": name, "input": arguments_of(part.get("arguments"))}
         elif part["type"] == "reasoning":
             yield from _thought(part)
+        elif message.role == "user" and is_image(part):
+            yield _image(part)
         elif (text := part_text(part)).strip():  # the API refuses blank texts
             yield _text(text)
 
@@ -190,6 +204,13 @@ def _thought(part: Part) -> Iterator[Wire]:
 
 def _text(text: str) -> Wire:
     return {"type": "text", "text": text}
+
+
+def _image(part: Part) -> Wire:
+    if part["type"] == "uri":
+        return {"type": "image", "source": {"type": "url", "url": part["uri"]}}
+    source = {"type": "base64", "media_type": part["mime_type"], "data": part["content"]}
+    return {"type": "image", "source": source}
 
 
 def _unused_id(call_id: str, used: set[str]) -> str:
@@ -259,7 +280,8 @@ def reply_of(message: Any) -> Reply:
     """Return what a response says; raises BackendError (`bad_response`) when it says nothing."""
     blocks = field_of(message, "content")
     if not isinstance(blocks, list):
-        raise bad_response(message, "content", "base_url= takes the address without /v1")
+        usage = _usage_of(field_of(message, "usage"))
+        raise bad_response(message, "content", "base_url= takes the address without /v1", usage)
     parts = [part for block in blocks for part in _parts_of(block)]
     calls = tuple(call_of(p["name"], p["arguments"], p["id"]) for p in parts if p["type"] == "tool_call")
     thoughts = [part["content"] for part in parts if part["type"] == "reasoning"]

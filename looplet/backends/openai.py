@@ -8,11 +8,13 @@ The `openai` package is imported when the first backend is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Final
 
-from looplet.backends.clients import AsyncClientBackend, ClientBackend, SyncClientBackend
+from looplet.backends.client_backend import ClientBackend
+from looplet.backends.clients import AsyncClientBackend, SyncClientBackend
 from looplet.backends.completions import REPAIRS, reply_of, request_of
+from looplet.backends.streams import Assembly, CompletionAssembly
 from looplet.backends.wire import Wire
 from looplet.messages import Message
 from looplet.types import Reply
@@ -40,6 +42,7 @@ class _OpenAIBackend(ClientBackend):
     _default_url = "https://api.openai.com/v1"
     _local_url = "http://localhost:11434/v1"
     _repairs = REPAIRS
+    _streaming: ClassVar[Mapping[str, Any]] = {"stream": True, "stream_options": {"include_usage": True}}
     _providers = _PROVIDERS
 
     def __init__(
@@ -74,6 +77,9 @@ class _OpenAIBackend(ClientBackend):
 
     def _reply(self, answer: Any) -> Reply:
         return reply_of(answer)
+
+    def _assembly(self) -> Assembly:
+        return CompletionAssembly()
 
 
 class OpenAIBackend(_OpenAIBackend, SyncClientBackend):

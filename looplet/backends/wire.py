@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from looplet.errors import BackendError
-from looplet.messages import Message, tells_failure
+from looplet.messages import Message, Part, tells_failure
+from looplet.parts import is_sealed
 from looplet.prompt import part_text
-from looplet.types import ToolCall, cut
+from looplet.types import ToolCall, Usage, cut
 
 Wire = dict[str, Any]
 
@@ -26,22 +28,45 @@ def wire_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown"
 
 
-def settle(message: Message, waiting: dict[str, Wire]) -> list[str]:
-    """Write each result of a tool message into the place that waits for it, by the id of its call.
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a tool call came to, on its way into a request."""
 
-    Return the texts that stand for results whose call is not there (compacted away, or made in plain text).
-    """
-    lone = []
+    text: str
+    """for a call that is not there: with a line that names it"""
+    images: list[Part]
+    failed: bool
+    place: Wire | None
+    """what waits for it, None when its call is not there: compacted away, or made in plain text"""
+
+
+def results_of(message: Message, waiting: dict[str, Wire]) -> Iterator[Result]:
+    """Yield the results in a tool message, each with the place that waits for it, by the id of its call."""
     for part in message.parts:
         call_id = str(part.get("id") or "")
-        place = waiting.pop(call_id, None)
-        if place is None:
-            lone.append(f"Result of tool call {call_id}:\n{part_text(part)}")
-            continue
-        place["content"] = part_text(part)
-        if "is_error" in place:
-            place["is_error"] = tells_failure(part.get("response"))
-    return lone
+        place, response = waiting.pop(call_id, None), part.get("response")
+        text = part_text(part) if place is not None else f"Result of tool call {call_id}:\n{part_text(part)}"
+        yield Result(text, list(images_of(response)), tells_failure(response), place)
+
+
+def is_image(value: Any) -> bool:
+    """Tell whether a JSON-like value is an image that a model can be shown: data that is one, or its address."""
+    if not isinstance(value, Mapping) or value.get("modality") != "image":
+        return False
+    return is_sealed(value) or (value.get("type") == "uri" and isinstance(value.get("uri"), str))
+
+
+def images_of(value: Any) -> Iterator[Part]:
+    """Yield the images in a JSON-like value, in order."""
+    if isinstance(value, dict):
+        if is_image(value):
+            yield value
+        else:
+            for item in value.values():
+                yield from images_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from images_of(item)
 
 
 def call_of(name: Any, arguments: Any, call_id: Any) -> ToolCall:
@@ -67,15 +92,18 @@ def finish_reason(told: str | None, has_calls: bool) -> str:
     return told or ("tool_call" if has_calls else "stop")
 
 
-def bad_response(answer: Any, missing: str, hint: str) -> BackendError:
-    """Return the error for a response that lacks what makes it one; `hint` is about a base URL that is wrong."""
+def bad_response(answer: Any, missing: str, hint: str, usage: Usage | None) -> BackendError:
+    """Return the error for a response that lacks what makes it one; `hint` is about a base URL that is wrong.
+
+    `usage`: what the provider charges for it all the same.
+    """
     if isinstance(answer, str):
         words = f"the answer is no JSON: {cut(' '.join(answer.split()), 120)!r}; {hint}"
         return BackendError(words, kind="bad_response")
     error = field_of(answer, "error")
     said = text_of(field_of(error, "message")) or (str(error) if error else "")
     words = f"the answer has no {missing}" + (f"; it says: {cut(said, 300)}" if said else "; try again")
-    return BackendError(words, kind="bad_response", retryable=True)
+    return BackendError(words, kind="bad_response", retryable=True, usage=usage)
 
 
 def field_of(value: Any, name: str) -> Any:

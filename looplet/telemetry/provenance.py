@@ -116,7 +116,7 @@ class ProvenanceSink:
         problems: list[tuple[str, str]] = []
         with self._lock:
             if not self._runs:
-                self._open_file(recorder.run_id, problems)
+                self._open_file(recorder.run_id, problems, recorder.resumes)
             self._runs.add(recorder.run_id)
             self._direct[recorder.run_id] = None
             while len(self._direct) > MAX_KNOWN_RUNS:
@@ -175,7 +175,11 @@ class ProvenanceSink:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _open_file(self, run_id: str, problems: list[tuple[str, str]]) -> None:
+    def _open_file(self, run_id: str, problems: list[tuple[str, str]], resumes: bool = False) -> None:
+        if resumes and self._file is None and (found := _file_of(self.dir, run_id)) is not None:
+            self._file = OtlpFile(found, fsync=self._fsync)
+        if resumes and self._file is not None:
+            return
         if self._file is not None:
             self._file.close()
         if self._inherited:  # the folder's file belongs to the parent process
@@ -241,6 +245,17 @@ class SinkedBackend:
         if name.startswith("__"):  # copying and pickling ask for these before there is an `inner`
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def _file_of(folder: Path, run_id: str) -> Path | None:
+    """Return the trace file in a folder that holds a run, None when there is none."""
+    mark = run_id.encode()
+    for path in [folder / TRACE_FILE, *sorted(folder.glob("trace-*.jsonl"))]:
+        if path.exists():
+            with path.open("rb") as file:
+                if any(mark in line for line in file):
+                    return path
+    return None
 
 
 def set_aside(path: Path) -> Path | None:

@@ -1,7 +1,6 @@
-"""The recorder: looplet's own span, and the outlets that each one feeds.
+"""The recorder of a run: it starts the spans and hands the ended ones to the outlets.
 
-A `RecordedSpan` implements the OpenTelemetry API's `Span`, so that user code inside a tool finds a proper current
-span.  It may feed the run's *sinks* (files: everything) and the *user's tracer* (a real span held inside: ids, flags,
+A span may feed the run's *sinks* (files: everything) and the *user's tracer* (a real span held inside: ids, flags,
 and everything except content unless capture is on).  So the local file depends neither on the user's sampler nor on
 his attribute limits, `OTEL_SDK_DISABLED` or shutdown order, and content never reaches a network exporter by accident.
 
@@ -10,43 +9,34 @@ Nothing in here may raise into a run: what the user's tracer raises is counted a
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
 from time import perf_counter_ns, time_ns
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
 from opentelemetry import trace
 from opentelemetry.context import Context, set_value
-from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
+from opentelemetry.trace import Span, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
 from looplet.boundary import Boundary
-from looplet.errors import words_of
+from looplet.budgets import Guard
 from looplet.ledger import Ledger
 from looplet.telemetry import semconv
+from looplet.telemetry.drops import count_drop, drops
+from looplet.telemetry.recorded_span import Event, RecordedSpan, describe, error_name
 from looplet.telemetry.redaction import redact_late
 
-logger = logging.getLogger("looplet")
+__all__ = [
+    "RUN_KEY", "Event", "RecordedSpan", "Recorder", "Resource", "Scope", "Sink", "count_drop", "describe", "drops",
+    "error_name", "new_id",
+]  # fmt: skip
 
 RUN_KEY: Final = "looplet.run"
 """the OpenTelemetry context key under which code inside a run finds its recorder"""
 
-UNSET: Final = Status()
-
 _random = random.Random()
 os.register_at_fork(after_in_child=_random.seed)  # two processes must not draw the same ids
-
-drops: dict[str, int] = {}
-"""what telemetry lost in this process, by cause; nothing is lost silently"""
-
-
-def count_drop(cause: str, detail: object = "") -> None:
-    """Count something that telemetry lost; log the first of each cause."""
-    drops[cause] = drops.get(cause, 0) + 1
-    if drops[cause] == 1:
-        logger.warning("looplet telemetry: %s (%s); the run goes on, further ones are only counted", cause, detail)
 
 
 class Sink(Protocol):
@@ -63,19 +53,6 @@ class Sink(Protocol):
 
     def detach(self, recorder: Recorder) -> None:
         """End writing a run."""
-
-
-class Event:
-    """A named moment of a span."""
-
-    __slots__ = ("attributes", "name", "timestamp")
-
-    dropped_attributes = 0
-
-    def __init__(self, name: str, attributes: Mapping[str, Any], timestamp: int) -> None:
-        self.name = name
-        self.attributes = attributes
-        self.timestamp = timestamp
 
 
 class Scope:
@@ -120,6 +97,14 @@ class Recorder:
         self.sinks = tuple(sinks)
         self.tracer = tracer
         self.ledger = ledger or Ledger()
+        self.guard: Guard | None = None
+        """what the run may spend; runs that its tools start spend it, too"""
+        self.depth = 1
+        """1, or more for a run that a tool of another run started"""
+        self.resumes = False
+        """whether the run goes on after a pause"""
+        self.max_depth = 0
+        """how deep such runs may be nested"""
         self.resource = resource
         self.scope = scope
         self.open: dict[int, RecordedSpan] = {}
@@ -247,202 +232,6 @@ def _new_context(parent: SpanContext) -> SpanContext:
     flags = parent.trace_flags if parent.is_valid else TraceFlags(0)
     state = parent.trace_state if parent.is_valid else None
     return SpanContext(trace_id, _random.getrandbits(64) or 1, False, flags, state)
-
-
-class RecordedSpan(Span):
-    """One span of a run.  The public methods are for user code and clean what they get; `put` and `happened` are ours.
-
-    Has what the SDK's `ReadableSpan` has, so that SDK exporters accept it.
-    """
-
-    __slots__ = (
-        "_as_context", "_context", "_inner", "_parent", "_recorder", "attributes", "end_time", "events",
-        "instrumentation_scope", "kind", "links", "name", "parent_id", "resource", "span_id", "start_time", "status",
-    )  # fmt: skip
-
-    dropped_attributes = 0
-    dropped_events = 0
-    dropped_links = 0
-
-    def __init__(
-        self,
-        name: str,
-        kind: SpanKind,
-        attributes: dict[str, Any],
-        start_time: int,
-        inner: Span | None,
-        recorder: Recorder,
-    ) -> None:
-        self.name = name
-        self.span_id = 0
-        self.parent_id = 0
-        """0 without a parent"""
-        self.kind = kind
-        self.attributes = attributes
-        self.start_time = start_time
-        self.end_time = 0
-        self.events: list[Event] = []
-        self.links: list[Any] = []
-        self.status = UNSET
-        self.resource = recorder.resource
-        self.instrumentation_scope = recorder.scope
-        self._inner = inner
-        self._recorder = recorder
-        self._as_context: Context | None = None
-        self._context: SpanContext | None = None
-        self._parent: SpanContext | None = None
-
-    # --- for the run ------------------------------------------------------------------------------------------------
-
-    @property
-    def context(self) -> SpanContext:
-        """Return the ids of the span; an object is made only for those who ask."""
-        if self._context is None:
-            self._context = self._recorder.below_root(self.span_id)
-        return self._context
-
-    @property
-    def parent(self) -> SpanContext | None:
-        """Return the ids of the parent, None without one."""
-        if self._parent is None and self.parent_id:
-            self._parent = self._recorder.below_root(self.parent_id)
-        return self._parent
-
-    @property
-    def plain_ids(self) -> tuple[int, int, int] | None:
-        """Return the ids of trace, span and parent; None when there is more to say about them."""
-        trace_id = self._recorder.plain_trace_id
-        return None if trace_id is None or self._context is not None else (trace_id, self.span_id, self.parent_id)
-
-    def place(self, context: SpanContext, parent: SpanContext | None) -> None:
-        """Give the span ids that are not just a new one below its parent's."""
-        self._context, self._parent = context, parent
-        self.span_id, self.parent_id = context.span_id, parent.span_id if parent is not None else 0
-
-    def as_context(self) -> Context:
-        """Return the OpenTelemetry context in which this span is the current one."""
-        if self._as_context is None:
-            self._as_context = self._recorder.context_of(self)
-        return self._as_context
-
-    def put(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes that have passed the boundary already."""
-        if self.end_time:
-            return
-        if self._recorder.late is not None:
-            attributes = redact_late(self._recorder.late, attributes)
-        self.attributes.update(attributes)
-        if self._inner is not None:
-            self._tell("set_attributes", {k: v for k, v in attributes.items() if self._recorder.shows(k)})
-
-    def happened(self, name: str, attributes: Mapping[str, Any]) -> None:
-        """Add an event whose attributes have passed the boundary already."""
-        if self.end_time:
-            return
-        if self._recorder.late is not None:
-            attributes = redact_late(self._recorder.late, attributes)
-        at = self._recorder.now()
-        self.events.append(Event(name, attributes, at))
-        if self._inner is not None:
-            self._tell("add_event", name, {k: v for k, v in attributes.items() if self._recorder.shows(k)}, at)
-
-    def failed(self, error_type: str, message: str = "") -> None:
-        """Set the error status; `error_type` is low-cardinality, `message` is content."""
-        if self.end_time:
-            return
-        self.put({semconv.ERROR_TYPE: error_type})
-        if self._recorder.late is not None:
-            message = self._recorder.late.text(message)
-        self.status = Status(StatusCode.ERROR, message or None)
-        if self._inner is not None:
-            shown = message if self._recorder.shows(semconv.EXCEPTION_MESSAGE) else ""
-            self._tell("set_status", Status(StatusCode.ERROR, shown or None))
-
-    def _tell(self, method: str, *args: Any) -> None:
-        try:
-            getattr(self._inner, method)(*args)
-        except Exception as error:  # noqa: BLE001 - the user's span and processors
-            count_drop("the tracer provider failed", repr(error))
-
-    # --- opentelemetry.trace.Span: for user code --------------------------------------------------------------------
-
-    def get_span_context(self) -> SpanContext:
-        """Return the ids of the span."""
-        return self.context
-
-    def is_recording(self) -> bool:
-        """Tell whether the span is still open."""
-        return not self.end_time
-
-    def set_attribute(self, key: str, value: Any) -> None:
-        """Set one attribute."""
-        self.set_attributes({key: value})
-
-    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Set some attributes; their values pass the run's boundary."""
-        self.put(self._recorder.clean(attributes))
-
-    def add_event(self, name: str, attributes: Mapping[str, Any] | None = None, timestamp: int | None = None) -> None:
-        """Add an event; its values pass the run's boundary."""
-        self.happened(self._recorder.clean(str(name)), self._recorder.clean(attributes or {}))
-        if timestamp is not None and self.events:
-            self.events[-1].timestamp = timestamp
-
-    def add_link(self, context: SpanContext, attributes: Mapping[str, Any] | None = None) -> None:
-        """Link another span."""
-        if self.end_time:
-            return
-        attributes = self._recorder.clean(attributes or {})
-        self.links.append(trace.Link(context, attributes))
-        if self._inner is not None:
-            self._tell("add_link", context, attributes)
-
-    def update_name(self, name: str) -> None:
-        """Do nothing: the names of looplet's spans are fixed."""
-
-    def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
-        """Set an error status; looplet decides what success is."""
-        code = status.status_code if isinstance(status, Status) else status
-        words = status.description if isinstance(status, Status) else description
-        if code is StatusCode.ERROR:
-            self.failed(semconv.OTHER_ERROR, self._recorder.boundary.text(words or ""))
-
-    def record_exception(
-        self,
-        exception: BaseException,
-        attributes: Mapping[str, Any] | None = None,
-        timestamp: int | None = None,
-        escaped: bool = False,
-    ) -> None:
-        """Add an exception event, without the stack trace."""
-        self.add_event(semconv.EVENT_EXCEPTION, {**describe(exception), **(attributes or {})}, timestamp)
-
-    def end(self, end_time: int | None = None) -> None:
-        """End the span; the first time counts."""
-        ended = max(end_time or self._recorder.now(), self.start_time)
-        if self._recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
-            return
-        self.end_time = ended
-        self._recorder.ended(self)  # at once: a Ctrl-C in between would lose the span
-        if self._inner is not None:
-            self._tell("end", ended)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.end()
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """Return the attributes of an exception event."""
-    return {semconv.EXCEPTION_TYPE: error_name(error), semconv.EXCEPTION_MESSAGE: words_of(error)}
-
-
-def error_name(error: BaseException) -> str:
-    """Return the low-cardinality name of an exception: its class, qualified unless it is a builtin."""
-    kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def new_id() -> str:

@@ -281,7 +281,9 @@ class RunView:
             while turn is not None and chat.turn_number > turn:
                 yield turn, (spent, prompt)
                 spent, prompt, turn = NO_USAGE, "", next(waiting, None)
-            spent, prompt = spent + usage_of(chat), self._new_text(chat)
+            spent += usage_of(chat)
+            if semconv.CHAT_PURPOSE not in chat.attributes:  # what a tool or a judge asked is no step's prompt
+                prompt = self._new_text(chat)
         if turn is not None:
             yield turn, (spent, prompt)
 

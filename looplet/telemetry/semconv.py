@@ -25,6 +25,7 @@ DISPATCH: Final = "looplet.dispatch"
 TOOL_START: Final = "looplet.tool.start"
 POST_DISPATCH: Final = "looplet.post_dispatch"
 SHOULD_STOP: Final = "looplet.should_stop"
+COMPACT: Final = "looplet.compact"
 END: Final = "looplet.end"
 
 # --- GenAI attributes -----------------------------------------------------------------------------------------------
@@ -34,6 +35,8 @@ AGENT_NAME: Final = "gen_ai.agent.name"
 REQUEST_MODEL: Final = "gen_ai.request.model"
 REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
 REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
+REQUEST_STREAM: Final = "gen_ai.request.stream"
+TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"  # seconds
 RESPONSE_MODEL: Final = "gen_ai.response.model"
 RESPONSE_ID: Final = "gen_ai.response.id"
 RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
@@ -117,6 +120,27 @@ REQUEST_REWRITTEN: Final = "looplet.request.rewritten"
 PARSE_ATTEMPT: Final = "looplet.parse.attempt"
 PROGRESS_STAGE: Final = "looplet.tool.progress.stage"
 PROGRESS_DATA: Final = "looplet.tool.progress.data"
+COMPACT_REASON: Final = "looplet.compact.reason"  # threshold, overflow, or the hook that asked
+COMPACT_SERVICE: Final = "looplet.compact.service"
+COMPACT_COMPACTED: Final = "looplet.compact.compacted"  # whether the next request is smaller
+COMPACT_MESSAGES_BEFORE: Final = "looplet.compact.messages.before"
+COMPACT_MESSAGES_AFTER: Final = "looplet.compact.messages.after"
+COMPACT_TOKENS_BEFORE: Final = "looplet.compact.tokens.before"  # of the next request, estimated
+COMPACT_TOKENS_AFTER: Final = "looplet.compact.tokens.after"
+COMPACT_STAGES: Final = "looplet.compact.stages"  # the services that changed something, in order
+COMPACT_WARNINGS: Final = "looplet.compact.warnings"
+CHAT_PURPOSE: Final = "looplet.chat.purpose"  # compaction, tool, judge, subagent; the agent's own calls have none
+ATTEMPT: Final = "looplet.attempt"  # from 1
+RETRY_DELAY: Final = "looplet.retry.delay_s"
+RATE_LIMIT_NAME: Final = "looplet.rate_limit.name"
+RATE_LIMIT_WAIT: Final = "looplet.rate_limit.wait_s"
+BUDGET_EXHAUSTED: Final = "looplet.budget.exhausted"  # tokens, usd, seconds, steps, model_calls or tool_calls
+BUDGET_REMAINING: Final = "looplet.budget.remaining"  # a prefix: one attribute for each of those
+BUDGET_UNCHECKED: Final = "looplet.budget.unchecked"  # a prefix: model calls that a limit could not count
+APPROVAL_QUESTION: Final = "looplet.approval.question"
+APPROVAL_VERDICT: Final = "looplet.approval.verdict"
+PAUSE: Final = "looplet.pause"  # what a paused run needs to go on, as JSON
+OUTPUT_TYPE: Final = "looplet.output_type"
 
 # --- event names ----------------------------------------------------------------------------------------------------
 EVENT_EXCEPTION: Final = "exception"
@@ -126,6 +150,13 @@ EVENT_STEP: Final = "looplet.step"
 EVENT_PARSE_FAILURE: Final = "looplet.parse_failure"
 EVENT_CALL_DROPPED: Final = "looplet.call.dropped"
 EVENT_PROGRESS: Final = "looplet.tool.progress"
+EVENT_TOOL_RETRY: Final = "looplet.tool.retry"
+EVENT_RETRY: Final = "looplet.retry"
+EVENT_RATE_LIMITED: Final = "looplet.rate_limited"
+EVENT_FALLBACK: Final = "looplet.fallback"
+EVENT_CONTINUATION: Final = "looplet.continuation"
+EVENT_APPROVAL_REQUESTED: Final = "looplet.approval.requested"
+EVENT_APPROVAL_ANSWERED: Final = "looplet.approval.answered"
 
 # --- values ---------------------------------------------------------------------------------------------------------
 UNKNOWN_TOOL: Final = "_unknown"
@@ -155,5 +186,8 @@ CONTENT: Final = frozenset(
         EXCEPTION_STACKTRACE,
         PROGRESS_STAGE,
         PROGRESS_DATA,
+        APPROVAL_QUESTION,
+        APPROVAL_VERDICT,
+        PAUSE,
     }
 )

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Link, SpanKind
 
 from looplet.errors import words_of
 from looplet.plan import INLINE, Call, Closing, Effects
@@ -48,8 +48,12 @@ class PhaseEnd:
     model: str | None = None
     reply: Reply | None = None
     usage: Usage | None = None
+    purpose: str | None = None
+    """of a model call: agent, compaction, tool, judge"""
     tool_call: ToolCall | None = None
     tool_result: ToolResult | None = None
+    answered: tuple[tuple[ToolCall, ToolResult], ...] = ()
+    """calls that came to their results before dispatch: denied, cached, invalid"""
     stop_reason: str | None = None
     steps: int | None = None
     """of the whole run, when the phase is `invoke_agent`"""
@@ -78,10 +82,10 @@ class RunTrace:
         """Return the trace's id, None before the run has started."""
         return f"{self.root.context.trace_id:032x}" if self.root else None
 
-    def run(self, attributes: Mapping[str, Any]) -> Phase:
+    def run(self, attributes: Mapping[str, Any], links: Sequence[Link] = ()) -> Phase:
         """Open `invoke_agent {agent}`, the phase that holds all others."""
         name = f"{semconv.INVOKE_AGENT} {self.agent}"
-        self.root = self.recorder.start(name, attributes=attributes)
+        self.root = self.recorder.start(name, attributes=attributes, links=links)
         return Phase(self, semconv.INVOKE_AGENT, self.root, self.root)
 
     def turn(self, above: Phase) -> Phase:
@@ -136,7 +140,7 @@ class RunTrace:
 class Phase:
     """One phase of a run: a `with` block, the effects asked for inside it, what is recorded about it."""
 
-    __slots__ = ("_ended_ns", "_error_type", "_facts", "_span", "_started_ns", "_trace", "name", "parent")
+    __slots__ = ("_ended_ns", "_error_type", "_facts", "_span", "_started_ns", "_told", "_trace", "name", "parent")
 
     def __init__(self, trace: RunTrace, name: str, span: RecordedSpan | None, parent: RecordedSpan | None) -> None:
         self.name = name
@@ -147,6 +151,8 @@ class Phase:
         self._ended_ns: int | None = None
         self._facts: dict[str, Any] = {}
         self._error_type: str | None = None
+        self._told = 0
+        """the id of the exception by which the phase was marked as failed"""
 
     def phase(
         self,
@@ -204,11 +210,16 @@ class Phase:
 
     def fail_with(self, error: BaseException, error_type: str | None = None) -> None:
         """Mark the phase as failed by an exception."""
+        self._told = id(error)
         clean = self._trace.recorder.boundary.text
         message = "" if self._trace.withhold_results else clean(words_of(error))
         self.fail(error_type or error_name(error), message)
         if self._span is not None:
             self._span.happened(semconv.EVENT_EXCEPTION, {**describe(error), semconv.EXCEPTION_MESSAGE: message})
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the phase began."""
+        return (self._trace.recorder.now() - self._started_ns) / 1e9
 
     def stop_clock(self) -> float:
         """Fix the phase's end at now; return the milliseconds since its start."""
@@ -233,7 +244,8 @@ class Phase:
             if self._span is not None:
                 _mark_left(self._span, error.reason)
         elif isinstance(error, Exception):
-            self.fail_with(error)
+            if id(error) != self._told:
+                self.fail_with(error)
         else:
             self.fail("cancelled", error_name(error))
             self.put({semconv.STOP_REASON: "cancelled"})

@@ -4,6 +4,7 @@ from looplet.testing.anthropic_server import AnthropicServer
 from looplet.testing.backends import (
     AsyncMockLLMBackend,
     AsyncScriptedBackend,
+    Cut,
     LLMResponsesExhausted,
     MockLLMBackend,
     PolicyBackend,
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncMockLLMBackend",
     "AsyncScriptedBackend",
     "ChatRequest",
+    "Cut",
     "Fault",
     "LLMResponsesExhausted",
     "MockLLMBackend",

@@ -36,7 +36,8 @@ class Answer:
     model: str | None = None
     id: str | None = None
     thinking: Sequence[str | bytes] = ()
-    """what the model thought first: a text is signed, bytes are hidden (`AnthropicServer` only)"""
+    """what the model thought first: a text is signed, bytes are hidden (by `AnthropicServer`; the other one sends the
+    texts as `reasoning_content`, and no bytes)"""
 
 
 @dataclass(frozen=True, slots=True)

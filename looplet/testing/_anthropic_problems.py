@@ -13,6 +13,8 @@ from looplet.testing._anthropic_wire import Block, sign
 THINKING = ("thinking", "redacted_thinking")
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _ID = re.compile(r"[a-zA-Z0-9_-]+")
 _BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use", *THINKING)}
 
@@ -32,8 +34,6 @@ def problems(body: Any, issued: Mapping[str, list[Block]]) -> Iterator[Fault]:
         if not isinstance(body.get(name), kind) or not body[name]:
             wrong = "Field required" if name not in body else "Input should be a valid, non-empty value"
             yield _bad(f"{name}: {wrong}")
-    if body.get("stream"):
-        yield _bad("stream: this server answers in one piece")
     yield from _setting_problems(body)
     for index, message in enumerate(body["messages"]):
         yield from _message_problems(message, index)
@@ -86,10 +86,41 @@ def _block_problems(block: Any, role: str, where: str) -> Iterator[Fault]:
         yield _bad("messages: text content blocks must be non-empty")
     if kind == "thinking" and block.get("signature") != sign(block["thinking"]):
         yield _bad(f"{where}: Invalid `signature` in `thinking` block")
-    if kind == "tool_result" and block.get("is_error") and not block.get("content"):
-        yield _bad(f"{where}: content cannot be empty if `is_error` is true")
+    if kind == "tool_result":
+        yield from _tool_result_problems(block, where)
+    if kind == "image":
+        yield from _image_problems(block, where)
     if kind == "tool_use":
         yield from _tool_use_problems(block, where)
+
+
+def _tool_result_problems(block: Block, where: str) -> Iterator[Fault]:
+    content = block.get("content")
+    if block.get("is_error") and not content:
+        yield _bad(f"{where}: content cannot be empty if `is_error` is true")
+    for at, inner in enumerate(content if isinstance(content, list) else ()):
+        kind, place = inner.get("type") if isinstance(inner, dict) else None, f"{where}.tool_result.content.{at}"
+        if kind not in ("text", "image"):
+            yield _bad(f"{place}: Input tag {kind!r} found does not match any of the expected tags: 'text', 'image'")
+        if kind == "image" and block.get("is_error"):
+            yield _bad(f"{where}.tool_result: all content must be type `text` if `is_error` is true")
+        if kind == "text" and not _is_text(inner):
+            yield _bad("messages: text content blocks must be non-empty")
+        if kind == "image":
+            yield from _image_problems(inner, place)
+
+
+def _image_problems(block: Block, where: str) -> Iterator[Fault]:
+    match block.get("source"):
+        case {"type": "base64", "media_type": str(media_type), "data": str(data)}:
+            if media_type not in _IMAGES:
+                yield _bad(f"{where}.image.source.base64.media_type: Input should be {', '.join(_IMAGES)}")
+            if len(data) % 4 or not _BASE64.fullmatch(data):
+                yield _bad(f"{where}.image.source.base64: invalid base64 data")
+        case {"type": "url", "url": str(url)} if url.startswith(("https://", "http://")):
+            return
+        case _:
+            yield _bad(f"{where}.image.source: Input tag does not match any of the expected tags: 'base64', 'url'")
 
 
 def _tool_use_problems(block: Block, where: str) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""Answers as the JSON of Anthropic's messages API."""
+"""Answers as the bytes of Anthropic's messages API: JSON bodies and server-sent events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from looplet.testing._answers import Answer, ChatRequest, Fault, PolicyAnswer, as_answer, call_of
-from looplet.testing._serving import Response, encode
+from looplet.testing._serving import Response, encode, pieces
 from looplet.types import Usage
 
 Block = dict[str, Any]
@@ -39,9 +39,13 @@ def render(request: ChatRequest, answer: PolicyAnswer) -> tuple[Response, list[B
         return failure(fault), []
     message = _message(request, as_answer(fault.answer if fault else answer))
     blocks = message["content"]
-    if fault and fault.kind == "empty":
+    is_stream, is_empty = bool(request.body.get("stream")), fault is not None and fault.kind == "empty"
+    if is_empty:
         del message["content"]
-    return Response.spoilt((encode(message),), fault), blocks
+    if not is_stream:
+        return Response.spoilt((encode(message),), fault), blocks
+    events = [{"type": "ping"}] if is_empty else _events(message)
+    return Response.spoilt(tuple(map(_event, events)), fault, is_stream=True), blocks
 
 
 def sign(thought: str) -> str:
@@ -80,6 +84,40 @@ def _blocks(answer: Answer, number: int) -> Iterator[Block]:
             with suppress(ValueError):
                 args = json.loads(args)
         yield {"type": "tool_use", "id": call_id, "name": name, "input": args}
+
+
+def _event(event: dict[str, Any]) -> bytes:
+    return b"event: " + str(event["type"]).encode() + b"\ndata: " + encode(event) + b"\n\n"
+
+
+def _events(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the events of a message: what was read is counted at the beginning, what was said at the end."""
+    usage = message.get("usage")
+    stop = {name: message[name] for name in ("stop_reason", "stop_sequence")}
+    begun = {"usage": {**usage, "output_tokens": 1}} if usage else {}
+    yield {"type": "message_start", "message": {**message, **dict.fromkeys(stop), "content": [], **begun}}
+    for index, block in enumerate(message["content"]):
+        empty, deltas = _deltas(block)
+        yield {"type": "content_block_start", "index": index, "content_block": empty}
+        yield from ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas)
+        yield {"type": "content_block_stop", "index": index}
+    counted = {name: count for name, count in usage.items() if name.startswith("output")} if usage else None
+    yield {"type": "message_delta", "delta": stop, "usage": counted}
+    yield {"type": "message_stop"}
+
+
+def _deltas(block: Block) -> tuple[Block, list[dict[str, Any]]]:
+    """Return the block as it begins, and how it goes on."""
+    if block["type"] == "text":
+        return {**block, "text": ""}, [{"type": "text_delta", "text": piece} for piece in pieces(block["text"])]
+    if block["type"] == "thinking":
+        thoughts = [{"type": "thinking_delta", "thinking": piece} for piece in pieces(block["thinking"])]
+        seal = {"type": "signature_delta", "signature": block["signature"]}
+        return {**block, "thinking": "", "signature": ""}, [*thoughts, seal]
+    if block["type"] == "tool_use":
+        told = block["input"] if isinstance(block["input"], str) else json.dumps(block["input"], ensure_ascii=False)
+        return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(told)]
+    return block, []
 
 
 def _usage(given: Any) -> dict[str, Any]:

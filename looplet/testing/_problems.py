@@ -10,6 +10,9 @@ from looplet.testing._answers import Fault
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_IMAGE_URL = re.compile(
+    r"https?://.+|data:image/(png|jpeg|gif|webp);base64,([A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2,4}={0,2}"
+)
 
 
 def _bad(message: str, param: str | None = None, code: str | None = None) -> Fault:
@@ -51,6 +54,7 @@ def _message_problems(message: Any, where: str) -> Iterator[Fault]:
     calls = message.get("tool_calls")
     if not isinstance(message.get("content"), str | list) and not calls:
         yield _bad(f"Invalid value for '{where}.content': expected a string or an array.", where, "invalid_type")
+    yield from _content_problems(message, where)
     if calls is not None and (not isinstance(calls, list) or not calls):
         yield _bad(f"Invalid '{where}.tool_calls': expected an array with minimum length 1.", where, "invalid_type")
     for index, call in enumerate(calls or ()):
@@ -58,6 +62,24 @@ def _message_problems(message: Any, where: str) -> Iterator[Fault]:
         yield from _name_problems(call, place)
         if not isinstance(call.get("id"), str) or not isinstance(call["function"].get("arguments"), str):
             yield _bad(f"Invalid type for {place!r}: 'id' and 'arguments' must be strings.", place, "invalid_type")
+
+
+def _content_problems(message: dict[str, Any], where: str) -> Iterator[Fault]:
+    content = message.get("content")
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        place = f"{where}.content[{index}]"
+        match part:
+            case {"type": "text", "text": str()} | {"type": "refusal", "refusal": str()}:
+                continue
+            case {"type": "image_url", "image_url": {"url": str(url)}}:
+                if message["role"] != "user":
+                    text = f"Invalid '{where}'. Image URLs are only allowed for messages with role 'user', but this"
+                    text += f" message with role {message['role']!r} contains an image URL."
+                    yield _bad(text, where, "invalid_value")
+                if not _IMAGE_URL.fullmatch(url):
+                    yield _bad(f"Invalid image URL in {place!r}: a valid image is needed.", place, "invalid_image_url")
+            case _:
+                yield _bad(f"Invalid value: {place!r}: supported are 'text' and 'image_url'.", place, "invalid_value")
 
 
 def _pairing_problems(messages: list[dict[str, Any]]) -> Iterator[Fault]:

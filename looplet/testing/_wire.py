@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from looplet.testing._answers import Answer, ChatRequest, Fault, PolicyAnswer, as_answer, call_of
-from looplet.testing._serving import Response, encode, text_of
+from looplet.testing._serving import Response, encode, pieces, text_of
 from looplet.types import Usage
 
 
@@ -31,6 +31,8 @@ def render(request: ChatRequest, answer: PolicyAnswer) -> Response:
 def _completion(request: ChatRequest, answer: Answer) -> dict[str, Any]:
     calls = [_tool_call(call, f"call_{request.number}_{i}") for i, call in enumerate(answer.tool_calls)]
     message: dict[str, Any] = {"role": "assistant", "content": answer.text or (None if calls else ""), "refusal": None}
+    if thoughts := [thought for thought in answer.thinking if isinstance(thought, str)]:
+        message["reasoning_content"] = "\n".join(thoughts)
     if calls:
         message["tool_calls"] = calls
     reason = answer.finish_reason or ("tool_calls" if calls else "stop")
@@ -89,15 +91,12 @@ def _event(head: dict[str, Any], *choices: dict[str, Any]) -> bytes:
 
 def _deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"role": "assistant", "content": "" if message["content"] is not None else None}
-    for piece in _pieces(message["content"] or ""):
+    for piece in pieces(message.get("reasoning_content", "")):
+        yield {"reasoning_content": piece}
+    for piece in pieces(message["content"] or ""):
         yield {"content": piece}
     for index, call in enumerate(message.get("tool_calls", ())):
         function = call["function"]
         yield {"tool_calls": [{"index": index, **call, "function": {"name": function["name"], "arguments": ""}}]}
-        for piece in _pieces(function["arguments"]):
+        for piece in pieces(function["arguments"]):
             yield {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
-
-
-def _pieces(text: str) -> list[str]:
-    size = max(1, -(-len(text) // 4))
-    return [text[start : start + size] for start in range(0, len(text), size)]

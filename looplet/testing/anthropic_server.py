@@ -4,7 +4,7 @@
         client = anthropic.Anthropic(base_url=server.base_url, api_key="any")
 
 It checks requests as the real API does where an agent engine can go wrong: that messages take turns, that every call
-has its result behind it, that what the model thought comes back as it was.  It answers in one piece, never as a stream.
+has its result behind it, that what the model thought comes back as it was.
 """
 
 from __future__ import annotations

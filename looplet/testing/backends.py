@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from looplet.errors import LoopletError
+from looplet.errors import BackendError, LoopletError
 from looplet.messages import Message
-from looplet.types import Reply, ToolCall, Usage
+from looplet.testing._serving import pieces
+from looplet.types import Delta, Reply, ToolCall, Usage
 
-Scripted: TypeAlias = "Reply | ToolCall | Sequence[ToolCall] | tuple[str, dict[str, Any]] | str | Exception"
+Scripted: TypeAlias = "Reply | ToolCall | Sequence[ToolCall] | tuple[str, dict[str, Any]] | str | Exception | Cut"
 
 
 class LLMResponsesExhausted(LoopletError):
     """A scripted backend was asked more often than its script is long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A scripted reply that breaks off: its stream after some deltas, `chat` at once."""
+
+    reply: Scripted
+    after: int = 1
+    """how many deltas come through"""
+    usage: Usage | None = None
+    """what the provider charges for it"""
 
 
 class MockLLMBackend:
@@ -61,9 +75,10 @@ class AsyncMockLLMBackend(MockLLMBackend):
 
 
 class ScriptedBackend:
-    """Answers `chat` with replies in order: native tool calls, usage and all.
+    """Answers `chat` and `stream` with replies in order: native tool calls, usage and all.
 
     A reply is a `Reply`; or short for one: `("search", {"query": "x"})`, a list of such calls, a text, an exception.
+    `Cut(reply)` breaks off.
     """
 
     provider = "looplet.testing"
@@ -75,11 +90,18 @@ class ScriptedBackend:
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Reply:
         """Return the next reply; raises LLMResponsesExhausted after the last."""
+        return to_reply(self._next(messages))
+
+    def stream(self, messages: Sequence[Message], **settings: Any) -> Iterator[Delta | Reply]:
+        """Yield the next reply in pieces, then the reply; raises LLMResponsesExhausted after the last."""
+        yield from in_pieces(self._next(messages))
+
+    def _next(self, messages: Sequence[Message]) -> Scripted:
         number = len(self.requests)
         self.requests.append(messages)
         if number >= len(self.replies):
             raise LLMResponsesExhausted(f"the script has {len(self.replies)} replies; this is call {number + 1}")
-        return to_reply(self.replies[number])
+        return self.replies[number]
 
 
 class AsyncScriptedBackend(ScriptedBackend):
@@ -88,6 +110,11 @@ class AsyncScriptedBackend(ScriptedBackend):
     async def chat(self, messages: Sequence[Message], **settings: Any) -> Reply:  # type: ignore[override]
         """Return the next reply."""
         return super().chat(messages, **settings)
+
+    async def stream(self, messages: Sequence[Message], **settings: Any) -> AsyncIterator[Delta | Reply]:  # type: ignore[override]
+        """Yield the next reply in pieces, then the reply."""
+        for item in super().stream(messages, **settings):
+            yield item
 
 
 class PolicyBackend:
@@ -103,11 +130,17 @@ class PolicyBackend:
         """Return what the policy decides."""
         return to_reply(self.policy(messages))
 
+    def stream(self, messages: Sequence[Message], **settings: Any) -> Iterator[Delta | Reply]:
+        """Yield what the policy decides in pieces, then the reply."""
+        yield from in_pieces(self.policy(messages))
+
 
 def to_reply(said: Scripted) -> Reply:
     """Return the reply that `said` is short for; raises it when it is an exception."""
     if isinstance(said, Exception):
         raise said
+    if isinstance(said, Cut):
+        raise _broken(said)
     if isinstance(said, Reply):
         return said
     if isinstance(said, str):
@@ -115,6 +148,31 @@ def to_reply(said: Scripted) -> Reply:
     calls: list[Any] = [said] if isinstance(said, ToolCall) or _is_pair(said) else list(said)
     made = tuple(call if isinstance(call, ToolCall) else ToolCall(call[0], dict(call[1])) for call in calls)
     return Reply(tool_calls=made, finish_reason="tool_call", usage=Usage(10, 5))
+
+
+def in_pieces(said: Scripted) -> Iterator[Delta | Reply]:
+    """Yield the deltas of what `to_reply` returns, then that; a `Cut` breaks off."""
+    reply = to_reply(said.reply if isinstance(said, Cut) else said)
+    for number, delta in enumerate(deltas_of(reply)):
+        if isinstance(said, Cut) and number >= said.after:
+            break
+        yield delta
+    if isinstance(said, Cut):
+        raise _broken(said)
+    yield reply
+
+
+def deltas_of(reply: Reply) -> Iterator[Delta]:
+    """Yield a reply as a stream would bring it: what was thought, the text, then call by call."""
+    yield from (Delta("reasoning", piece) for piece in pieces(reply.reasoning))
+    yield from (Delta("text", piece) for piece in pieces(reply.text))
+    for index, call in enumerate(reply.tool_calls):
+        yield Delta("tool_call", "", index, call.call_id, call.tool)
+        yield from (Delta("tool_call", piece, index) for piece in pieces(json.dumps(call.args, ensure_ascii=False)))
+
+
+def _broken(cut: Cut) -> BackendError:
+    return BackendError("the script cuts this reply", kind="stream_cut", retryable=True, usage=cut.usage)
 
 
 def assert_exhausted(backend: MockLLMBackend | ScriptedBackend) -> None:

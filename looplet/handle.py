@@ -1,0 +1,122 @@
+"""A run's model, handed to code that the run calls: tools (`ctx.llm`), compaction, judges, `on_loop_end` hooks.
+
+Each call is a `chat` span of the run, passes its boundary and counts in its ledger and budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from looplet.backends.candidates import Candidate, candidates
+from looplet.errors import ConfigError, ToolError
+from looplet.executors import AsyncExecutor, SyncExecutor
+from looplet.messages import Message, clean_message
+from looplet.modelcall import Request, ask
+from looplet.plan import INLINE, Effects, finish
+from looplet.scope import RunScope
+from looplet.telemetry.spans import Phase
+from looplet.types import Reply
+
+
+def handle_of(run: RunScope, phase: Phase, purpose: str, *, is_async: bool) -> ModelHandle:
+    """Return a backend whose calls are made below `phase`; `is_async`: for code that can await."""
+    return (AsyncModelHandle if is_async else BlockingModelHandle)(run, phase, purpose)
+
+
+class ModelHandle:
+    """What blocking and async handles share.  What is not asking (`close()`, settings) is the backend's own."""
+
+    def __init__(self, run: RunScope, phase: Phase, purpose: str) -> None:
+        self._run = run
+        self._phase = phase
+        self._purpose = purpose
+
+    @property
+    def model(self) -> str:
+        """Return the name of the model that is asked first."""
+        return self._run.models.of(self._purpose)[0][1].name
+
+    @property
+    def provider(self) -> str:
+        """Return the name of its provider."""
+        return self._run.models.of(self._purpose)[0][1].provider
+
+    def looplet_candidates(self, purpose: str) -> tuple[Candidate, ...]:
+        """Return the backends behind it: a sub-agent that is given the handle asks them itself, and counts once."""
+        return candidates(self._run.models.llm, purpose)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._run.models.llm, name)
+
+    def _plan(self, messages: Sequence[Message], system_prompt: str, settings: Mapping[str, Any]) -> Effects[Reply]:
+        run = self._run
+        if run.trace.recorder.closed:
+            raise ToolError("the run has ended; its model cannot be asked any more")
+        asked = [clean_message(message, run.boundary.clean) for message in messages]
+        if system_prompt:
+            asked.insert(0, Message.of_text("system", run.boundary.text(system_prompt)))
+        request = Request(asked, run.log.aside(asked), self._purpose, settings=settings)
+        return ask(run, self._phase, request, _as_it_is)
+
+
+class BlockingModelHandle(ModelHandle):
+    """Asks and waits; under `async for` it belongs in a thread, which is where plain tools and services run."""
+
+    def chat(self, messages: Sequence[Message], *, system_prompt: str = "", **settings: Any) -> Reply:
+        """Ask the model; `settings`: tools, max_tokens, temperature and whatever the backend takes.
+
+        Raises what the backend raises, and BudgetExhausted.
+        """
+        return self._finish(self._plan(messages, system_prompt, settings))
+
+    def generate(self, prompt: str, **settings: Any) -> str:
+        """Return the answer to a text."""
+        return self.chat([Message.of_text("user", prompt)], **settings).text
+
+    def _finish(self, plan: Effects[Reply]) -> Reply:
+        loop = self._run.loop
+        if loop is not None and self._run.models.of(self._purpose)[0][1].lane == INLINE:
+            return _in_loop(loop, plan)
+        executor = SyncExecutor()
+        try:
+            return finish(plan, executor.perform)
+        finally:
+            executor.close()
+
+
+class AsyncModelHandle(ModelHandle):
+    """Asks and lets others work meanwhile."""
+
+    async def chat(self, messages: Sequence[Message], *, system_prompt: str = "", **settings: Any) -> Reply:
+        """Ask the model; as `BlockingModelHandle.chat`."""
+        executor = AsyncExecutor()
+        try:
+            reply: Reply = await executor.finish(self._plan(messages, system_prompt, settings))
+            return reply
+        finally:
+            executor.close()
+
+    async def generate(self, prompt: str, **settings: Any) -> str:
+        """Return the answer to a text."""
+        return (await self.chat([Message.of_text("user", prompt)], **settings)).text
+
+
+def _in_loop(loop: Any, plan: Effects[Reply]) -> Reply:
+    """Have the run's event loop perform the plan, and wait in this thread."""
+    import asyncio
+
+    try:
+        here: Any = asyncio.get_running_loop()
+    except RuntimeError:
+        here = None
+    if here is loop:
+        raise ConfigError("this code runs in the event loop, where it must not wait: make it `async def` and await llm")
+    reply: Reply = asyncio.run_coroutine_threadsafe(AsyncExecutor().finish(plan), loop).result()
+    return reply
+
+
+def _as_it_is(phase: Phase, reply: Reply) -> tuple[Reply, Reply]:
+    return reply, reply

@@ -1,0 +1,265 @@
+"""One model call of a run: who is asked and how often, what it cost, and how the trace tells it.
+
+The loop, compaction, tools and judges all ask through `ask`.  A call is one `chat` span for each backend that was
+asked: retries are events on it, another backend is another span.  Usage and cost stand there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from opentelemetry.trace import SpanKind
+
+from looplet.backends.adapter import Model
+from looplet.backends.attempts import attempts
+from looplet.backends.candidates import Candidate, gives_way, kind_of
+from looplet.errors import BackendError, BudgetExhausted
+from looplet.message_log import LoggedRequest
+from looplet.messages import Message
+from looplet.models import AGENT, Option
+from looplet.plan import Effects, Wait
+from looplet.prices import priced
+from looplet.scope import RunScope
+from looplet.streaming import ChatEndEvent, ChatRetryEvent, ChatStartEvent, DeltaGate, StreamEvent
+from looplet.telemetry import attributes, semconv
+from looplet.telemetry.spans import Phase
+from looplet.tokens import BYTES_PER_TOKEN, size_of_all
+from looplet.tools import BaseToolRegistry
+from looplet.types import Reply, Usage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to ask a model, and on whose behalf."""
+
+    messages: Sequence[Message]
+    logged: LoggedRequest
+    purpose: str = AGENT
+    tools: BaseToolRegistry | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """keyword arguments that beat the run's"""
+
+
+def ask(
+    run: RunScope,
+    above: Phase,
+    request: Request,
+    read: Callable[[Phase, Reply], tuple[Reply, T]],
+    begun: Callable[[Phase], None] | None = None,
+) -> Effects[T]:
+    """Return what `read` makes of the reply, inside the call's span; `read` also says what is recorded of the reply.
+
+    `begun` is told each span that begins.
+
+    Raises what the last backend raised, BudgetExhausted, and Closing when the run was cancelled.
+    """
+    run.check_cancelled()
+    options = run.models.of(request.purpose)
+    for option in options[:-1]:
+        try:
+            return (yield from _ask_one(run, above, request, option, read, begun))
+        except Exception as error:
+            if not gives_way(error):
+                raise
+            above.event(
+                semconv.EVENT_FALLBACK, {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option[1].name}
+            )
+    return (yield from _ask_one(run, above, request, options[-1], read, begun))
+
+
+def _ask_one(
+    run: RunScope,
+    above: Phase,
+    request: Request,
+    option: Option,
+    read: Callable[[Phase, Reply], tuple[Reply, T]],
+    begun: Callable[[Phase], None] | None,
+) -> Effects[T]:
+    candidate, model = option
+    if (spent := run.guard.take_model_call()) is not None:
+        raise BudgetExhausted(spent)
+    call = _Call(run, request, candidate, model)
+    with above.phase(
+        semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run, request, model) if run.trace.recording else None
+    ) as phase:
+        if phase.recording:
+            phase.put(attributes.of_request(request.logged))
+        if begun is not None:
+            begun(phase)
+        phase.note(model=model.name, provider=model.provider, purpose=request.purpose)
+        try:
+            call.tell(ChatStartEvent, model=model.name)
+            reply = yield from call.perform(phase)
+            recorded, result = read(phase, reply)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                phase.fail_with(error, kind_of(error))
+            call.end(phase, None, getattr(error, "usage", None), error)
+            raise
+        call.end(phase, recorded, reply.usage)
+    run.trace.durable()
+    return result
+
+
+class _Call:
+    """One `chat` span in the making."""
+
+    __slots__ = ("_candidate", "_failed", "_first_chunk_s", "_gate", "_model", "_request", "_run")
+
+    def __init__(self, run: RunScope, request: Request, candidate: Candidate, model: Model) -> None:
+        self._run = run
+        self._request = request
+        self._candidate = candidate
+        self._model = model
+        self._failed: Usage | None = None
+        """what failed attempts were charged"""
+        self._first_chunk_s: float | None = None
+        self._gate: DeltaGate | None = None
+
+    def perform(self, phase: Phase) -> Effects[Reply]:
+        """Ask, as often as the rules allow."""
+        streams = bool(self._run.stream) and self._model.streams and self._request.purpose == AGENT
+        attempt = self._streamed if streams else self._asked
+        notify = partial(self._heard, phase)
+        raw = yield from attempts(self._candidate, partial(attempt, phase), self._wait, notify, tokens=self._size())
+        return self._model.reply(raw, self._run.boundary, self._request.tools.tool_names if self._request.tools else ())
+
+    def _size(self) -> int:
+        """Return about how many tokens the request has, for limits on tokens."""
+        return size_of_all(self._request.messages) // BYTES_PER_TOKEN if self._candidate.limits else 0
+
+    def tell(self, event: type[StreamEvent], **facts: Any) -> None:
+        """Tell the stream of the run; other calls than the agent's own are its business, too."""
+        self._run.tell(event, purpose=self._request.purpose, **facts)
+
+    def end(
+        self, phase: Phase, recorded: Reply | None, usage: Usage | None, error: BaseException | None = None
+    ) -> None:
+        """Count what the call used, and say so on its span."""
+        usage = self._price(usage) if error is not None else usage
+        spent = usage if self._failed is None else self._failed if usage is None else self._failed + usage
+        if error is None or spent is not None:
+            self._run.count_usage(spent)
+            for meter in self._candidate.meters:
+                meter.count(self._run.models.routed(self._request.purpose), self._model.name, spent)
+        phase.note(reply=recorded, usage=spent)
+        if phase.recording:
+            phase.put(attributes.of_reply(recorded) if recorded is not None else {})
+            phase.put(attributes.of_usage(spent) if error is None or spent is not None else {})
+            if self._first_chunk_s is not None:
+                phase.put({semconv.TIME_TO_FIRST_CHUNK: self._first_chunk_s})
+        self.tell(
+            ChatEndEvent,
+            model=self._model.name,
+            usage=spent,
+            finish_reason=recorded.finish_reason if recorded is not None else "",
+            error_type=kind_of(error) if error is not None else None,
+        )
+
+    def _asked(self, phase: Phase) -> Effects[Any]:
+        request = self._request
+        call = self._model.request(request.messages, request.tools, request.settings)
+        return (yield from phase.call(call, self._model.lane))
+
+    def _streamed(self, phase: Phase) -> Effects[Any]:
+        request, lane = self._request, self._model.lane
+        self._gate = DeltaGate(self._run.boundary, self._emit_delta)
+        phase.put({semconv.REQUEST_STREAM: True})
+        began = phase.elapsed_s()
+        opened = self._model.stream(request.messages, request.tools, request.settings)
+        items = iterator_of((yield from phase.call(opened, lane)))
+        try:
+            while not isinstance(item := (yield from phase.call(partial(next_of, items), lane)), Reply):
+                if item is END:
+                    raise BackendError("the stream ended without a reply", kind="stream_cut", retryable=True)
+                if self._first_chunk_s is None:
+                    self._first_chunk_s = phase.elapsed_s() - began
+                self._gate.take(item)
+                self._run.check_cancelled()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            with suppress(Exception):  # one that timed out is still at work in its thread, and ends there
+                yield from phase.call(partial(close, items), lane)
+            raise
+        self._gate.finish()
+        yield from phase.call(partial(close, items), lane)
+        return item
+
+    def _emit_delta(self, event: type[StreamEvent], **facts: Any) -> None:
+        self._run.tell(event, **facts)
+
+    def _wait(self, seconds: float) -> Effects[None]:
+        yield Wait(seconds, self._run.cancel_token)
+        self._run.check_cancelled()
+
+    def _heard(self, phase: Phase, what: str, facts: Mapping[str, Any]) -> None:
+        """Take note of a retry or of a wait for a rate limit."""
+        if what != "retry":
+            told = {semconv.RATE_LIMIT_WAIT: float(facts["seconds"]), semconv.RATE_LIMIT_NAME: facts["limit"]}
+            phase.event(semconv.EVENT_RATE_LIMITED, told)
+            return
+        usage = self._price(facts.get("usage"))
+        if usage is not None:
+            self._failed = usage if self._failed is None else self._failed + usage
+        told = {
+            semconv.ATTEMPT: facts["attempt"],
+            semconv.ERROR_TYPE: facts["error_type"],
+            semconv.RETRY_DELAY: facts["delay_s"],
+        }
+        phase.event(semconv.EVENT_RETRY, told | (attributes.of_usage(usage) if usage is not None else {}))
+        self._run.tell(ChatRetryEvent, **{name: facts[name] for name in ("attempt", "error_type", "delay_s")})
+
+    def _price(self, usage: Usage | None) -> Usage | None:
+        return None if usage is None else priced(usage, self._model.name, self._model.base_url)
+
+
+END: Final = object()
+"""what `next_of` returns after the last item"""
+
+
+def iterator_of(stream: Any) -> Any:
+    """Return the iterator, or async iterator, over a stream."""
+    return stream if hasattr(stream, "__next__") or hasattr(stream, "__anext__") else iter(stream)
+
+
+def next_of(items: Any) -> Any:
+    """Return the next item or `END`; something to await for an async iterator."""
+    return anext(items, END) if hasattr(items, "__anext__") else next(items, END)
+
+
+def close(items: Any) -> Any:
+    """Give back what a stream holds; something to await for an async iterator."""
+    for name in ("aclose", "close"):
+        if callable(end := getattr(items, name, None)):
+            return end()
+    return None
+
+
+def _identity(run: RunScope, request: Request, model: Model) -> dict[str, Any]:
+    identity: dict[str, Any] = {
+        semconv.OPERATION_NAME: semconv.CHAT,
+        semconv.PROVIDER_NAME: model.provider,
+        semconv.PROTOCOL: model.protocol,
+    }
+    if model.name:
+        identity[semconv.REQUEST_MODEL] = model.name
+    if request.purpose != AGENT:
+        identity[semconv.CHAT_PURPOSE] = request.purpose
+    max_tokens = request.settings.get("max_tokens") or run.config.max_tokens
+    if max_tokens is not None:
+        identity[semconv.REQUEST_MAX_TOKENS] = max_tokens
+    temperature = request.settings.get("temperature", run.config.temperature)
+    if temperature is not None:
+        identity[semconv.REQUEST_TEMPERATURE] = float(temperature)
+    if model.server_address:
+        identity[semconv.SERVER_ADDRESS] = str(model.server_address)
+        if model.server_port:
+            identity[semconv.SERVER_PORT] = int(model.server_port)
+    return identity
