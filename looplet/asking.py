@@ -86,6 +86,8 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
             said = Message.of_text("assistant", answer.reply.text)
             more = [*messages, said, Message.of_text("user", CONTINUE)]
             answer = yield from _ask(run, turn, more, before=answer.reply.text)
+        if answer.is_cut:
+            _count_parse_failure(run, turn)
     except BudgetExhausted as error:
         run.exhaust(error.limit)
         return Answer(Reply(), error=error)
@@ -231,18 +233,24 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
     run.parse_failures = 0
     named = tuple(_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run)))
     if reply.tool_calls:
-        answer = Answer(whole if named == reply.tool_calls else replace(whole, tool_calls=named))
-        return replace(reply, tool_calls=named), answer
+        told = reply if named == reply.tool_calls else replace(reply, tool_calls=named)
+        return told, Answer(replace(whole, tool_calls=named) if before else told)
     return reply, Answer(replace(whole, tool_calls=named, text="" if run.model.native else whole.text))
 
 
 def _unparsed(run: RunScope, phase: Phase, reply: Reply, problem: str) -> Answer:
+    _count_parse_failure(run, phase)
+    return Answer(reply, problem=problem)
+
+
+def _count_parse_failure(run: RunScope, phase: Phase) -> None:
     run.parse_failures += 1
     phase.event(semconv.EVENT_PARSE_FAILURE, {semconv.PARSE_ATTEMPT: run.parse_failures})
-    return Answer(reply, problem=problem)
 
 
 def _with_own_id(run: RunScope, call: ToolCall, number: int) -> ToolCall:
     late = run.trace.recorder.late
     call_id = run.unique_call_id(call.call_id if late is None else late.text(call.call_id), number)
-    return call if call_id == call.call_id else replace(call, call_id=call_id)
+    if call_id == call.call_id:
+        return call
+    return ToolCall(call.tool, call.args, call.reasoning, call_id, call.metadata)  # `replace` takes four times as long

@@ -37,6 +37,8 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
         run.check_cancelled()
         first = len(run.state.steps) + 1
         pending = yield from pre_dispatch(run, turn, [Pending(first + i, c) for i, c in enumerate(batch[:room])])
+        if not pending:  # the first of them waits for a human
+            break
         yield from check_done(run, turn, pending)
         try:
             yield from dispatch(run, turn, pending)

@@ -49,7 +49,7 @@ def consult_raw(
     except Exception as error:  # noqa: BLE001 - hooks are foreign code; _failed decides what it means
         decision = _failed(run, phase, bound, error, perf_counter() - began)
     else:
-        if said := decision.said():
+        if said := ["ask"] if decision.is_ask() else decision.said():
             _record(run, phase, bound, said, decision.reason, perf_counter() - began)
             yield from _tell_decision(run, phase, bound, decision)
     if decision.additional_context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -176,7 +177,9 @@ def test_a_cancelled_token_ends_the_waiting_and_the_repeating():
         tools = tools_from([flaky], include_done=True)
         return {"llm": backend, "task": {}, "tools": tools, "config": LoopConfig(cancel_token=token)}
 
+    began = time.monotonic()
     outcome = both(make)
+    assert time.monotonic() - began < 25  # nobody sat through the half minute that the tool asked for
     assert made == [1, 1]  # once in each run
     assert outcome.stop_reason == "cancelled"
     assert [step.tool_result.error for step in outcome.live.steps] == ["full"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -211,8 +213,6 @@ def test_a_cancelled_task_tells_the_tools_that_run():
 
 
 def test_ctrl_c_tells_the_tools_that_run():
-    import signal
-
     told, begun = Told(), threading.Semaphore(0)
     main = threading.main_thread().ident
     assert main is not None
@@ -222,10 +222,11 @@ def test_ctrl_c_tells_the_tools_that_run():
         """Work until told to stop."""
         if last:
             begun.acquire()
+            time.sleep(0.02)  # a lock whose wait has just begun does not hear of a signal until the next one
             signal.pthread_kill(main, signal.SIGINT)
         else:
             begun.release()
-        ctx.cancel_token.wait()
+        ctx.cancel_token.wait(PATIENCE_S)
         told.hear(ctx)
 
     run = run_of(False, making([("work", {}), ("work", {"last": True})], tools=[work]))

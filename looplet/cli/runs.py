@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -44,7 +44,7 @@ def rows_of(run: RunView) -> list[Row]:
 def step_times(run: RunView) -> dict[int, tuple[int, int]]:
     """Return step number → its turn and when it began, in nanoseconds."""
     times: dict[int, tuple[int, int]] = {}
-    for place, node in enumerate(filter(_is_tool_call, run.spans), 1):
+    for place, node in enumerate(filter(_is_tool_call, run.own), 1):
         times[int(node.attributes.get(semconv.STEP_NUMBER, place))] = node.turn_number, node.record.start_ns
     for node in run.spans:
         for event in node.events:
@@ -141,12 +141,24 @@ def parent_of(run: RunView) -> tuple[str, int]:
 def families(runs: Iterable[RunView]) -> dict[str, list[RunView]]:
     """Return run id → the runs that it started; `""` → those whose parent is not among the runs."""
     runs = list(runs)
-    ids = {run.run_id for run in runs}
+    parents = {run.run_id: parent_of(run)[0] for run in runs}
     found: dict[str, list[RunView]] = {"": []}
     for run in runs:
-        parent, _ = parent_of(run)
-        found.setdefault(parent if parent in ids else "", []).append(run)
+        parent = parents[run.run_id]
+        is_below = parent in parents and not _starts_itself(run.run_id, parents)
+        found.setdefault(parent if is_below else "", []).append(run)
     return found
+
+
+def _starts_itself(run_id: str, parents: Mapping[str, str]) -> bool:
+    """Tell whether a run is among those above it, as only a damaged file has it."""
+    above, seen = parents[run_id], set()
+    while above in parents and above not in seen:
+        if above == run_id:
+            return True
+        seen.add(above)
+        above = parents[above]
+    return False
 
 
 def roots_of(run: RunView) -> list[SpanNode]:

@@ -35,7 +35,7 @@ from looplet.prompt import render
 from looplet.scope import final_output_of
 from looplet.telemetry import semconv
 from looplet.telemetry.reader import TRACE_FILE, SpanNode, Trace
-from looplet.telemetry.runs import INTERRUPTED, RunView, decode
+from looplet.telemetry.runs import INTERRUPTED, RunView
 from looplet.types import Step
 
 Families: TypeAlias = Mapping[str, Sequence[RunView]]
@@ -67,6 +67,13 @@ Exit code: 0 the trace was read; 2 there is none, or it cannot be read.
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show_command(path: Path, wanted: str | None, full: bool, as_json: bool) -> None:
     """Show the runs in PATH: a trace file, or the folder of a run."""
+    try:
+        _show(path, wanted, full, as_json)
+    except RecursionError:
+        raise TraceError("its runs, or their spans, are nested too deeply to be shown", path=str(path)) from None
+
+
+def _show(path: Path, wanted: str | None, full: bool, as_json: bool) -> None:
     trace = load(path)
     family = families(trace.runs)
     runs = choose(trace, wanted) if wanted is not None else family[""]
@@ -130,7 +137,7 @@ def document(run: RunView, family: Families, full: bool) -> dict[str, Any]:
         "models": models_of(run),
         "stop_reason": run.stop_reason,
         "started_at": started(run).isoformat(),
-        "duration_s": run.root.duration_s,
+        "duration_s": run.duration_s,
         "turns": turns_of(run),
         "model_calls": len(run.chats),
         "usage": {
@@ -191,14 +198,14 @@ def page(run: RunView, family: Families, full: bool, width: int) -> Iterator[Lin
     for sub in family.get(run.run_id, ()):
         _, step = parent_of(sub)
         yield Line(f"{INDENT}sub-run" + (f" of step #{step}" if step else ""), "bold")
-        for line in page(sub, family, full, width - len(INDENT)):
+        for line in page(sub, family, full, max(width - len(INDENT), LEAST_WIDTH)):
             yield replace(line, text=INDENT + line.text if line.text else "")
 
 
 def header(run: RunView, width: int) -> Iterator[Line]:
     """Yield who ran, how it ended, and what it took."""
     models, usage = models_of(run), run.usage
-    why = f" — {run.root.record.status_message}" if run.root.record.status_message else ""
+    why = f" — {run.last.record.status_message}" if run.last.record.status_message else ""
     numbers = {"turn": turns_of(run), "step": len(run.steps), "model call": len(run.chats)}
     counts = ", ".join(f"{number} {noun}" + "s" * (number != 1) for noun, number in numbers.items())
     at_least = "at least " if run.stop_reason == INTERRUPTED else ""
@@ -207,7 +214,7 @@ def header(run: RunView, width: int) -> Iterator[Line]:
         "run": run.run_id,
         "trace": run.trace_id,
         "ended": run.stop_reason + why,
-        "took": f"{at_least}{duration(run.root.duration_s)}, from {started(run):%Y-%m-%d %H:%M:%S} UTC",
+        "took": f"{at_least}{duration(run.duration_s)}, from {started(run):%Y-%m-%d %H:%M:%S} UTC",
         "did": counts + (f" ({', '.join(models)})" if models else ""),
         "tokens": _tokens(run),
         "cost": "unknown" if usage.cost_usd is None else f"{usage.cost_usd:.6f} USD",
@@ -284,18 +291,16 @@ def conversation(run: RunView) -> Iterator[Line]:
     for number, chat in enumerate(run.chats, 1):
         yield Line("")
         yield Line(one_line(f"turn {chat.turn_number or number}, sent to {chat.name.removeprefix('chat ')}"), "bold")
-        yield from _messages(chat, semconv.INPUT_MESSAGES, int(chat.attributes.get(semconv.INPUT_FIRST, 0)))
+        yield from _messages(run.new_messages(chat), chat.attributes.get(semconv.INPUT_FIRST, 0))
     if run.chats:
         yield Line("")
         yield Line("the last answer", "bold")
-        yield from _messages(run.chats[-1], semconv.OUTPUT_MESSAGES, 0)
+        yield from _messages(run.answer(run.chats[-1]), 0)
         yield Line("")
 
 
-def _messages(chat: SpanNode, key: str, first: int) -> Iterator[Line]:
-    said = chat.attributes.get(key)
-    messages = decode(said) if isinstance(said, str) else said
-    text = render((Message.from_dict(message) for message in messages or ()), first)
+def _messages(messages: Sequence[Message], first: int) -> Iterator[Line]:
+    text = render(messages, first)
     for line in text.splitlines() or ["(nothing new)"]:
         yield Line("  " + one_line(line.expandtabs(4)))
 

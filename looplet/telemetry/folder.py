@@ -2,7 +2,7 @@
 
 trajectory.json          the run as one document, with ids and times
 steps/step_01.json       each step; the same for two identical runs
-call_00_prompt.txt       what a model call was sent ...
+call_00_prompt.txt       what a model call was sent; from the 51st on, what was new in it ...
 call_00_response.txt     ... and what it answered; the same for two identical runs
 manifest.jsonl           one line for each model call, with ids and times
 """
@@ -15,12 +15,15 @@ from typing import Any, Final
 
 import msgspec
 
-from looplet.messages import Message
 from looplet.prompt import render
 from looplet.telemetry import semconv
-from looplet.telemetry.reader import SpanNode, Trace
+from looplet.telemetry.nodes import AGENT, SpanNode
+from looplet.telemetry.reader import Trace
 from looplet.telemetry.runs import RunView, usage_of
 from looplet.types import Step
+
+WHOLE_PROMPTS: Final = 50
+"""how many prompts are written whole: each is longer than the one before, and the trace has them all"""
 
 _OURS: Final = re.compile(r"(trajectory\.json|manifest\.jsonl|call_\d+_(prompt|response)\.txt|steps/step_\d+\.json)$")
 
@@ -39,7 +42,7 @@ def write_folder(trace_file: Path) -> None:
     lines = []
     for number, chat in enumerate(run.chats):
         (folder / f"call_{number:02d}_prompt.txt").write_text(_prompt(run, chat, number), encoding="utf-8")
-        (folder / f"call_{number:02d}_response.txt").write_text(_response(chat, number), encoding="utf-8")
+        (folder / f"call_{number:02d}_response.txt").write_text(_response(run, chat, number), encoding="utf-8")
         lines.append(msgspec.json.encode(_call(chat, number)))
     (folder / "manifest.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
 
@@ -56,13 +59,12 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _trajectory(run: RunView) -> dict[str, Any]:
-    root = run.root.record
     return {
         "run_id": run.run_id,
         "trace_id": run.trace_id,
         "agent": run.agent,
-        "started_at": root.start_ns / 1e9,
-        "ended_at": root.end_ns / 1e9,
+        "started_at": run.root.record.start_ns / 1e9,
+        "ended_at": run.last.record.end_ns / 1e9,
         "task": run.task,
         "termination_reason": run.stop_reason,
         "step_count": len(run.steps),
@@ -92,6 +94,7 @@ def _call(chat: SpanNode, number: int) -> dict[str, Any]:
         "duration_ms": chat.duration_s * 1000,
         "model": told.get(semconv.RESPONSE_MODEL) or told.get(semconv.REQUEST_MODEL, ""),
         "method": told.get(semconv.PROTOCOL, ""),
+        "purpose": told.get(semconv.CHAT_PURPOSE, AGENT),
         "turn": chat.turn_number,
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
@@ -101,15 +104,20 @@ def _call(chat: SpanNode, number: int) -> dict[str, Any]:
 
 
 def _prompt(run: RunView, chat: SpanNode, number: int) -> str:
-    head = f"# call {number:02d} — method={chat.attributes.get(semconv.PROTOCOL, '')} turn={chat.turn_number}\n"
-    return f"{head}{render(run.request(chat))}\n"
+    told = chat.attributes
+    purpose = f" purpose={told[semconv.CHAT_PURPOSE]}" if semconv.CHAT_PURPOSE in told else ""
+    head = f"# call {number:02d} — method={told.get(semconv.PROTOCOL, '')} turn={chat.turn_number}{purpose}\n"
+    if number < WHOLE_PROMPTS:
+        return f"{head}{render(run.request(chat))}\n"
+    whole = f"run = Trace.load('trace.jsonl').runs[0]; render(run.request(run.chats[{number}]))"
+    new = render(run.new_messages(chat), told.get(semconv.INPUT_FIRST, 0))
+    return f"{head}# only what is new, under the numbers of the run's log; for the whole prompt: {whole}\n{new}\n"
 
 
-def _response(chat: SpanNode, number: int) -> str:
+def _response(run: RunView, chat: SpanNode, number: int) -> str:
     lines = [f"# call {number:02d} — error={chat.attributes.get(semconv.ERROR_TYPE, 'no')}"]
-    said = chat.attributes.get(semconv.OUTPUT_MESSAGES)
-    if isinstance(said, str):
-        lines.append(render(Message.from_dict(m) for m in msgspec.json.decode(said)))
+    if said := run.answer(chat):
+        lines.append(render(said))
     elif chat.record.status_message:
         lines.append(chat.record.status_message)
     return "\n".join(lines) + "\n"

@@ -26,6 +26,9 @@ _KINDS: Final = {
     "SPAN_KIND_CONSUMER": 5,
 }
 _STATUS_CODES: Final = {"STATUS_CODE_OK": 1, "STATUS_CODE_ERROR": 2}
+MAX_DEPTH: Final = 100
+"""of values in values: protobuf's readers go no deeper"""
+_INT64: Final = 1 << 63
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 
@@ -118,12 +121,12 @@ def spans_in(document: Any, *, line: int = 0) -> list[SpanRecord] | None:
 
     Raises ValueError where a trace is not built like one.
     """
-    traces = list(_traces_in(document))
-    if not traces:
-        return None
     try:
-        return [record for trace in traces for record in _records(trace, line)]
-    except (AttributeError, TypeError, RecursionError) as error:
+        traces = list(_traces_in(document))
+        return [record for trace in traces for record in _records(trace, line)] if traces else None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"a part of it is not built as OTLP says ({error})") from error
 
 
@@ -143,8 +146,8 @@ def _records(trace: dict[str, Any], line: int) -> Iterator[SpanRecord]:
         resource = _mapping((resource_spans.get("resource") or {}).get("attributes"))
         for group in resource_spans.get("scopeSpans") or resource_spans.get("instrumentationLibrarySpans") or ():
             scope = group.get("scope") or group.get("instrumentationLibrary") or {}
-            names = scope.get("name") or "", scope.get("version") or ""
-            url = group.get("schemaUrl") or resource_spans.get("schemaUrl") or ""
+            names = _text(scope.get("name")), _text(scope.get("version"))
+            url = _text(group.get("schemaUrl") or resource_spans.get("schemaUrl"))
             for span in group.get("spans") or ():
                 yield _record(span, resource, (*names, url), line)
 
@@ -154,21 +157,21 @@ def _record(span: dict[str, Any], resource: dict[str, Any], scope: tuple[str, st
     events, links, status = get("events"), get("links"), get("status") or {}
     parent_id = _hex(get("parentSpanId"), 8)
     return SpanRecord(
-        get("name") or "",
+        _text(get("name")),
         _hex(get("traceId"), 16),
         _hex(get("spanId"), 8),
         "" if parent_id == "0000000000000000" else parent_id,
         _enum(get("kind"), _KINDS),
-        _int(get("startTimeUnixNano")),
-        _int(get("endTimeUnixNano")),
+        _time(get("startTimeUnixNano")),
+        _time(get("endTimeUnixNano")),
         _mapping(get("attributes")),
         [_event(event) for event in events] if events else [],
         [_link(link) for link in links] if links else [],
         _enum(status.get("code"), _STATUS_CODES),
-        status.get("message") or "",
+        _text(status.get("message")),
         resource,
         *scope,
-        get("traceState") or "",
+        _text(get("traceState")),
         _int(get("droppedAttributesCount")),
         _int(get("droppedEventsCount")),
         _int(get("droppedLinksCount")),
@@ -177,7 +180,7 @@ def _record(span: dict[str, Any], resource: dict[str, Any], scope: tuple[str, st
 
 
 def _event(event: dict[str, Any]) -> EventRecord:
-    return EventRecord(event.get("name") or "", _int(event.get("timeUnixNano")), _mapping(event.get("attributes")))
+    return EventRecord(_text(event.get("name")), _time(event.get("timeUnixNano")), _mapping(event.get("attributes")))
 
 
 def _link(link: dict[str, Any]) -> LinkRecord:
@@ -196,6 +199,23 @@ def _hex(value: str | None, size: int) -> str:
     return value.lower()
 
 
+def _text(value: Any) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {value!r:.60}")
+    return value or ""
+
+
+def _time(value: Any) -> int:
+    """Return nanoseconds since 1970, 0 for what is no number; OTLP has 64 bits for them."""
+    try:
+        time_ns = int(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    if not 0 <= time_ns < 1 << 64:
+        raise TypeError(f"a time is wanted, not {value!r:.60}")
+    return time_ns
+
+
 def _enum(value: Any, names: Mapping[str, int]) -> int:
     return value if type(value) is int else names[value] if value in names else _int(value)
 
@@ -205,32 +225,38 @@ def _int(value: Any) -> int:
     return number if isinstance(number, int) else 0
 
 
-def _mapping(pairs: Any) -> dict[str, Any]:
-    return {pair.get("key") or "": _value(pair.get("value")) for pair in pairs} if pairs else {}
+def _mapping(pairs: Any, depth: int = 0) -> dict[str, Any]:
+    return {_text(pair.get("key")): _value(pair.get("value"), depth) for pair in pairs} if pairs else {}
 
 
-def _value(any_value: dict[str, Any] | None) -> Any:
+def _value(any_value: dict[str, Any] | None, depth: int) -> Any:
     """Return the Python value of an AnyValue; None for an empty one and for kinds that are not known."""
     if any_value:
         for kind, value in any_value.items():
             if kind == "stringValue":
-                return value
+                return None if value is None else _text(value)
             if kind in _DECODERS and value is not None:
                 return _DECODERS[kind](value)
+            if kind in _CONTAINERS and value is not None:
+                if depth >= MAX_DEPTH:
+                    raise ValueError("it is nested too deeply")
+                return _CONTAINERS[kind](value, depth + 1)
     return None
 
 
 def _int_value(value: Any) -> Any:
+    """Return a whole number of 64 bits; what is none stays as it is written."""
     try:
-        return int(value)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
         return value
+    return number if -_INT64 <= number < _INT64 else str(value)
 
 
 def _double_value(value: Any) -> Any:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
 
 
@@ -241,12 +267,12 @@ def _bytes_value(value: Any) -> Any:
         return value
 
 
-def _array_value(value: dict[str, Any]) -> list[Any]:
-    return [_value(item) for item in value.get("values") or ()]
+def _array_value(value: dict[str, Any], depth: int) -> list[Any]:
+    return [_value(item, depth) for item in value.get("values") or ()]
 
 
-def _kvlist_value(value: dict[str, Any]) -> dict[str, Any]:
-    return _mapping(value.get("values"))
+def _kvlist_value(value: dict[str, Any], depth: int) -> dict[str, Any]:
+    return _mapping(value.get("values"), depth)
 
 
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
@@ -254,6 +280,5 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "intValue": _int_value,
     "doubleValue": _double_value,
     "bytesValue": _bytes_value,
-    "arrayValue": _array_value,
-    "kvlistValue": _kvlist_value,
 }
+_CONTAINERS: Final[dict[str, Callable[[Any, int], Any]]] = {"arrayValue": _array_value, "kvlistValue": _kvlist_value}

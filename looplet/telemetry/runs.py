@@ -5,24 +5,24 @@ Everything that evals, replay and reports know about a run is derived here, from
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from looplet.errors import TraceError
-from looplet.message_log import resolve
-from looplet.messages import Message, digest, tells_failure
-from looplet.prompt import render
+from looplet.messages import Message
 from looplet.state import SessionLog
 from looplet.telemetry import semconv
-from looplet.types import NO_USAGE, Step, ToolCall, ToolResult, Usage, summarize_args
+from looplet.telemetry.nodes import SpanNode
+from looplet.telemetry.requests import Requests
+from looplet.telemetry.told_steps import ToldSteps
+from looplet.telemetry.values import as_type, check, decode, json_of, usage_of
+from looplet.types import NO_USAGE, Step, ToolCall, Usage
 
 if TYPE_CHECKING:
-    from looplet.telemetry.reader import SpanNode, Trace
+    from looplet.telemetry.reader import Trace
+
+__all__ = ["INTERRUPTED", "UNKNOWN", "RunView", "decode", "runs_of", "usage_of"]
 
 INTERRUPTED: Final = "interrupted"
 """the stop reason of a run whose end is not in the file: it was killed, or still goes on"""
@@ -31,24 +31,27 @@ UNKNOWN: Final = "unknown"
 
 
 def runs_of(trace: Trace) -> list[RunView]:
-    """Return the runs in a trace, oldest first: looplet's by run id, others by trace id."""
+    """Return the runs in a trace, oldest first: looplet's by run id, others by trace id.  Raises TraceError."""
     groups: dict[str, list[SpanNode]] = {}
+    others: list[SpanNode] = []
     for node in trace.spans:
         if node.run_id:
             groups.setdefault(node.run_id, []).append(node)
-    for node in trace.spans:
-        if semconv.OPERATION_NAME in node.attributes and not any(n.run_id for n in (node, *node.ancestors())):
+        elif semconv.OPERATION_NAME in node.attributes:
+            others.append(node)
+    inside = _inside_runs(others)
+    for node in others:
+        if id(node) not in inside:
             groups.setdefault(node.trace_id, []).append(node)
+    for nodes in groups.values():
+        for node in nodes:
+            check(node)
     return [RunView(run_id, nodes, trace.path) for run_id, nodes in groups.items()]
 
 
-@dataclass(slots=True)
-class _Told:
-    """A step on its way back from the file."""
-
-    turn: int
-    call: ToolCall
-    result: ToolResult
+def _inside_runs(nodes: Iterable[SpanNode]) -> set[int]:
+    """Return the ids of those nodes that stand inside a run of looplet's."""
+    return {id(node) for node in nodes if any(above.run_id for above in node.ancestors())}
 
 
 @dataclass
@@ -57,16 +60,35 @@ class RunView:
 
     run_id: str
     spans: list[SpanNode] = field(repr=False)
-    """in the order of their starts"""
+    """in the order of their starts; those of others inside the run, too"""
     path: str = ""
 
     @cached_property
+    def segments(self) -> list[SpanNode]:
+        """Return the spans of the run's segments, oldest first: more than one when it was paused and went on."""
+        nodes = self._looplets_own or (self.spans if self.is_ours else ())
+        roots = [node for node in nodes if node.kind == semconv.INVOKE_AGENT]
+        roots.sort(key=lambda node: (node.attributes.get(semconv.SEGMENT_NUMBER, 1), node.record.start_ns))
+        return roots or [self._foreign_root()]
+
+    def _foreign_root(self) -> SpanNode:
+        agents = (node for node in self.spans if node.kind == semconv.INVOKE_AGENT)
+        return next(agents, None) or next((n for n in self.spans if n.parent is None), self.spans[0])
+
+    @property
     def root(self) -> SpanNode:
-        """Return the `invoke_agent` span, else the first span without a parent in the run."""
-        for node in self.spans:
-            if _kind(node) == semconv.INVOKE_AGENT:
-                return node
-        return next((n for n in self.spans if n.parent is None), self.spans[0])
+        """Return the `invoke_agent` span, of the first segment; else the first span without a parent in the run."""
+        return self.segments[0]
+
+    @property
+    def last(self) -> SpanNode:
+        """Return the span of the last segment: it says how the run ended, and its totals."""
+        return self.segments[-1]
+
+    @property
+    def duration_s(self) -> float:
+        """Return seconds from the start of the run to its end, pauses included."""
+        return (self.last.record.end_ns - self.root.record.start_ns) / 1e9
 
     @property
     def trace_id(self) -> str:
@@ -77,8 +99,9 @@ class RunView:
     def agent(self) -> str:
         """Return the agent's name; of a killed run, the one in its manifest."""
         told = self.root.attributes.get(semconv.AGENT_NAME)
-        if told is None and self.root.synthetic:
-            told = decode(self.manifest.get(semconv.CONFIG, "{}"), self.path).get("agent_name")
+        if told is None and self.root.synthetic and (start := self._start) is not None:
+            config = as_type(start, semconv.CONFIG, json_of(start, semconv.CONFIG) or {}, dict[str, Any])
+            told = config.get("agent_name")
         return str(told or "")
 
     @cached_property
@@ -87,30 +110,49 @@ class RunView:
         return any(semconv.RUN_ID in node.attributes for node in self.spans)
 
     @cached_property
+    def own(self) -> list[SpanNode]:
+        """Return the spans that tell the run: looplet's own, by segment and start; all of a foreign run."""
+        nodes = self._looplets_own or self.spans
+        return nodes if len(self.segments) == 1 else sorted(nodes, key=self._segment_of)
+
+    @property
     def manifest(self) -> dict[str, Any]:
-        """Return the attributes of `looplet.start`, `{}` when it is missing."""
-        return next((n.attributes for n in self.spans if n.name == semconv.START), {})
+        """Return the attributes of the first `looplet.start`, `{}` when it is missing."""
+        return self._start.attributes if self._start is not None else {}
 
     @cached_property
     def task(self) -> dict[str, Any]:
         """Return the task; `{}` when the trace does not tell it."""
-        for node in self.spans:
+        for node in self.own:
             if semconv.TASK in node.attributes:
-                return dict(self._json(node, semconv.TASK))
+                return as_type(node, semconv.TASK, json_of(node, semconv.TASK), dict[str, Any])
         return {}
 
     @property
     def stop_reason(self) -> str:
-        """Return why the run ended; `interrupted` when its end is missing."""
-        reason = self.root.attributes.get(semconv.STOP_REASON)
-        if reason is not None and not self.root.synthetic:
+        """Return why the run ended, its last segment counts; `interrupted` when its end is missing."""
+        reason = self.last.attributes.get(semconv.STOP_REASON)
+        if reason is not None and not self.last.synthetic:
             return str(reason)
         return INTERRUPTED if self.is_ours else UNKNOWN
 
     @cached_property
     def chats(self) -> list[SpanNode]:
-        """Return the run's model calls, oldest first."""
-        return [n for n in self.spans if n.attributes.get(semconv.OPERATION_NAME) == semconv.CHAT]
+        """Return the run's model calls, oldest first: each once, although an instrumented client may tell it, too."""
+        chats = [node for node in self.own if _is_chat(node)]
+        if self._looplets_own:
+            return chats
+        return [chat for chat in chats if not any(map(_is_chat, chat.ancestors()))]
+
+    @cached_property
+    def agent_chats(self) -> list[SpanNode]:
+        """Return the model calls that the loop itself made: none for tools, judges or summaries."""
+        return [chat for chat in self.chats if chat.is_request or not self.is_ours]
+
+    @cached_property
+    def replies(self) -> dict[int, SpanNode]:
+        """Return turn → the model call whose reply the turn went on with: the last one that did not fail."""
+        return {chat.turn_number: chat for chat in self.agent_chats if not chat.is_error}
 
     @cached_property
     def usage(self) -> Usage:
@@ -123,20 +165,14 @@ class RunView:
     @cached_property
     def steps(self) -> list[Step]:
         """Return the run's steps, as the caller of the loop got them."""
-        told = {int(n): t for n, t in self._told()}
-        usage = dict(self._usage_by_turn(sorted({t.turn for t in told.values()})))
-        steps = []
-        for number in sorted(told):
-            item = told[number]
-            spent, prompt = usage.pop(item.turn, (NO_USAGE, ""))
-            steps.append(Step(number, item.call, item.result, spent, prompt))
-        return steps
+        told = ToldSteps(self.own, self.chats, self._requests, self._segment_of, is_ours=self.is_ours)
+        return told.steps()
 
     @cached_property
     def session_log_text(self) -> str:
         """Return the session log: as recorded where hooks wrote into it, else retold from the steps."""
-        for node in self.spans:
-            if semconv.SESSION_LOG in node.attributes:
+        for node in reversed(self.own):
+            if semconv.SESSION_LOG in node.attributes and self._segment_of(node) == len(self.segments) - 1:
                 return str(node.attributes[semconv.SESSION_LOG])
         log = SessionLog()
         for step in self.steps:
@@ -148,176 +184,67 @@ class RunView:
     def unfinished_calls(self) -> list[ToolCall]:
         """Return the calls that began and whose end is missing: whether they had their effect is not known."""
         done = {s.tool_call.call_id for s in self.steps}
-        marks = [n for n in self.spans if n.name == semconv.TOOL_START]
+        marks = [n for n in self.own if n.name == semconv.TOOL_START and semconv.TOOL_CALL_ID in n.attributes]
         return [
             ToolCall(str(n.attributes.get(semconv.TOOL_NAME, "")), call_id=str(n.attributes[semconv.TOOL_CALL_ID]))
             for n in marks
-            if n.attributes.get(semconv.TOOL_CALL_ID) not in done
+            if n.attributes[semconv.TOOL_CALL_ID] not in done
         ]
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def message_log(self) -> dict[int, Message]:
         """Return the run's messages by number, as the requests first sent them."""
-        entries: dict[int, Message] = {}
-        for chat in self.chats:
-            if semconv.INPUT_MESSAGES in chat.attributes:
-                first = int(chat.attributes.get(semconv.INPUT_FIRST, len(entries)))
-                for at, message in enumerate(self._json(chat, semconv.INPUT_MESSAGES)):
-                    entries[first + at] = Message.from_dict(message)
-        return entries
+        return self._requests.log
 
     def request(self, chat: SpanNode) -> list[Message]:
         """Return what a model call was sent, its hash verified.  Raises TraceError when the trace does not tell."""
-        refs = chat.attributes.get(semconv.INPUT_REFS)
-        if refs is None:
-            return [Message.from_dict(m) for m in self._json(chat, semconv.INPUT_MESSAGES) or ()]
-        try:
-            messages = [self.message_log[n] for n in self._numbers(chat)]
-        except (KeyError, ValueError) as error:
-            raise TraceError(
-                f"{chat.name}: message {error} of the request is not in the trace", path=self.path
-            ) from None
-        sha = hashlib.sha256()
-        for message in messages:
-            sha.update(digest(message))
-        if sha.hexdigest() != chat.attributes.get(semconv.INPUT_SHA256):
-            raise TraceError(f"{chat.name}: the request's messages do not have its hash", path=self.path)
-        return messages
+        return self._requests.of(chat)
+
+    def new_messages(self, chat: SpanNode) -> list[Message]:
+        """Return what no earlier request of the run had sent; of another writer's trace, the whole request."""
+        return self._requests.new(chat)
+
+    def answer(self, chat: SpanNode) -> list[Message]:
+        """Return what a model call answered: one message, as a rule, and none when it failed."""
+        return self._requests.answer(chat)
 
     def conversation(self) -> list[Message]:
-        """Return the last request and the model's answer to it."""
-        if not self.chats:
+        """Return the loop's last request and the model's answer to it."""
+        if not self.agent_chats:
             return []
-        last = self.chats[-1]
-        answer = self._json(last, semconv.OUTPUT_MESSAGES) or ()
-        return [*self.request(last), *(Message.from_dict(m) for m in answer)]
+        last = self.agent_chats[-1]
+        last = self.replies.get(last.turn_number, last)
+        return [*self.request(last), *self.answer(last)]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _requests(self) -> dict[int, SpanNode]:
-        return {
-            int(n.attributes[semconv.INPUT_REQUEST]): n for n in self.chats if semconv.INPUT_REQUEST in n.attributes
-        }
+    def _looplets_own(self) -> list[SpanNode]:
+        return [node for node in self.spans if node.is_own]
 
-    def _numbers(self, chat: SpanNode) -> list[int]:
-        """Resolve references; those relative to an earlier request are followed back, then applied forward."""
-        chain = [str(chat.attributes[semconv.INPUT_REFS])]
-        at = int(chat.attributes.get(semconv.INPUT_REQUEST, 0))
-        while "^" in chain[-1]:
-            base = int(chain[-1].partition("^")[0])
-            if base >= at:
-                raise ValueError(f"list {chain[-1]!r} (which builds on a later request)")
-            chain.append(str(self._requests[base].attributes[semconv.INPUT_REFS]))
-            at = base
-        numbers: list[int] = []
-        for refs in reversed(chain):
-            numbers = resolve(refs, numbers)
-        return numbers
+    @property
+    def _start(self) -> SpanNode | None:
+        return next((node for node in self.own if node.name == semconv.START), None)
 
-    def _told(self) -> Iterator[tuple[int, _Told]]:
-        """Yield every telling of every step; a later one of the same number counts."""
-        for node in self.spans:
-            if _kind(node) == semconv.EXECUTE_TOOL and (told := self._of_span(node)):
-                yield told
-        for node in self.spans:
-            for event in node.events:
-                if event.name == semconv.EVENT_STEP:
-                    record = decode(event.attributes[semconv.STEP_RECORD], self.path)
-                    call = ToolCall(**record["tool_call"])
-                    if semconv.TOOL_WITHHELD in event.attributes:
-                        record["tool_result"] = self._sent_step_result(call)
-                    yield record["step"], _Told(node.turn_number, call, ToolResult.from_dict(record["tool_result"]))
+    @cached_property
+    def _requests(self) -> Requests:
+        nodes = self.own if self.is_ours else self.chats
+        keys = {semconv.INPUT_MESSAGES, semconv.INPUT_REQUEST}
+        return Requests([n for n in nodes if n.attributes.keys() & keys], is_ours=self.is_ours)
 
-    def _of_span(self, node: SpanNode) -> tuple[int, _Told] | None:
-        told = node.attributes
-        ended = semconv.TOOL_CALL_RESULT in told or semconv.TOOL_RESULT in told or semconv.TOOL_WITHHELD in told
-        if self.is_ours and not ended:
-            return None
-        args = self._json(node, semconv.TOOL_CALL_ARGUMENTS) or {}
-        more = self._json(node, semconv.TOOL_CALL) or {}
-        name, call_id = str(told.get(semconv.TOOL_NAME, "")), str(told.get(semconv.TOOL_CALL_ID, ""))
-        call = ToolCall(name, args, more.get("reasoning", ""), call_id, more.get("metadata", {}))
-        number = told.get(semconv.STEP_NUMBER) or 1 + sum(
-            n.record.start_ns < node.record.start_ns for n in self.spans if _kind(n) == semconv.EXECUTE_TOOL
-        )
-        return int(number), _Told(node.turn_number, call, self._result_of(node, call))
+    def _segment_of(self, node: SpanNode) -> int:
+        """Return the place of the node's segment among the run's, from 0."""
+        if len(self.segments) == 1:
+            return 0
+        places = self._segment_places
+        return next((places[id(above)] for above in (node, *node.ancestors()) if id(above) in places), 0)
 
-    def _result_of(self, node: SpanNode, call: ToolCall) -> ToolResult:
-        rest = self._json(node, semconv.TOOL_RESULT) or {}
-        if semconv.TOOL_WITHHELD in node.attributes:
-            rest.update(self._sent_result(call.call_id))
-        elif not self.is_ours and node.is_error:
-            rest.setdefault("error", node.record.status_message or str(node.attributes.get(semconv.ERROR_TYPE)))
-        result = ToolResult.from_dict({"tool": call.tool, **rest})
-        data = (
-            self._json(node, semconv.TOOL_CALL_RESULT) if semconv.TOOL_CALL_RESULT in node.attributes else result.data
-        )
-        took_ms = (node.record.end_ns - node.record.start_ns) / 1e6
-        summary = summarize_args(call.args)
-        return replace(result, data=data, duration_ms=took_ms, args_summary=summary, call_id=call.call_id)
-
-    def _sent_step_result(self, call: ToolCall) -> dict[str, Any]:
-        named = {"tool": call.tool, "args_summary": summarize_args(call.args), "call_id": call.call_id}
-        return {**named, **self._sent_result(call.call_id)}
-
-    def _sent_result(self, call_id: str) -> dict[str, Any]:
-        """Return a withheld result as the model got it, rewritten; nothing when it was never sent."""
-        for message in self.message_log.values():
-            for part in message.parts:
-                if part["type"] == "tool_call_response" and part["id"] == call_id:
-                    response = part["response"]
-                    return {"error": response["error"]} if tells_failure(response) else {"data": response}
-        return {}
-
-    def _usage_by_turn(self, turns_with_steps: list[int]) -> Iterator[tuple[int, tuple[Usage, str]]]:
-        """Yield turn → usage and new prompt text; what turns without a step spent counts for the next that has one."""
-        spent, waiting = NO_USAGE, iter(turns_with_steps)
-        turn = next(waiting, None)
-        prompt = ""
-        for chat in self.chats:
-            while turn is not None and chat.turn_number > turn:
-                yield turn, (spent, prompt)
-                spent, prompt, turn = NO_USAGE, "", next(waiting, None)
-            spent += usage_of(chat)
-            if semconv.CHAT_PURPOSE not in chat.attributes:  # what a tool or a judge asked is no step's prompt
-                prompt = self._new_text(chat)
-        if turn is not None:
-            yield turn, (spent, prompt)
-
-    def _new_text(self, chat: SpanNode) -> str:
-        messages = [Message.from_dict(m) for m in self._json(chat, semconv.INPUT_MESSAGES) or ()]
-        return render(messages, int(chat.attributes.get(semconv.INPUT_FIRST, 0)))
-
-    def _json(self, node: SpanNode, key: str) -> Any:
-        value = node.attributes.get(key)
-        return decode(value, self.path) if isinstance(value, str) else value
+    @cached_property
+    def _segment_places(self) -> dict[int, int]:
+        return {id(root): place for place, root in enumerate(self.segments)}
 
 
-def usage_of(chat: SpanNode) -> Usage:
-    """Return the usage that a `chat` span reports; zero when it reports none."""
-    told = chat.attributes
-    return Usage(
-        int(told.get(semconv.INPUT_TOKENS, 0)),
-        int(told.get(semconv.OUTPUT_TOKENS, 0)),
-        int(told.get(semconv.CACHE_READ_TOKENS, 0)),
-        int(told.get(semconv.REASONING_TOKENS, 0)),
-        told.get(semconv.COST_USD),
-        int(told.get(semconv.CACHE_WRITE_TOKENS, 0)),
-    )
-
-
-def decode(text: str, path: str = "") -> Any:
-    """Return the value of a JSON attribute; raises TraceError when it was cut, as attribute limits do."""
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        raise TraceError(
-            f"an attribute is not whole JSON ({text[:60]!r}...): was it cut by a limit?", path=path
-        ) from None
-
-
-def _kind(node: SpanNode) -> str:
-    return str(node.attributes.get(semconv.OPERATION_NAME) or node.name.split(" ")[0])
+def _is_chat(node: SpanNode) -> bool:
+    return bool(node.attributes.get(semconv.OPERATION_NAME) == semconv.CHAT)
