@@ -95,6 +95,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.streaming import CompositeEmitter as CompositeEmitter
     from looplet.streaming import QueueEmitter as QueueEmitter
     from looplet.streaming import StreamingHook as StreamingHook
+    from looplet.subagents import agent_tool as agent_tool
     from looplet.subagents import async_run_sub_loop as async_run_sub_loop
     from looplet.subagents import run_sub_loop as run_sub_loop
     from looplet.telemetry.provenance import ProvenanceSink as ProvenanceSink
@@ -156,7 +157,7 @@ _HOMES = {
     "stagnation": ("StagnationHook",),
     "state": ("DefaultState", "SessionLog"),
     "streaming": ("CallbackEmitter", "CompositeEmitter", "QueueEmitter", "StreamingHook"),
-    "subagents": ("async_run_sub_loop", "run_sub_loop"),
+    "subagents": ("agent_tool", "async_run_sub_loop", "run_sub_loop"),
     "telemetry.provenance": ("ProvenanceSink",),
     "telemetry.reader": ("SpanNode", "Trace"),
     "telemetry.spans": ("PhaseEnd",),

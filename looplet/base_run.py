@@ -114,6 +114,11 @@ class BaseRun(Generic[ExecutorT]):
         if self._inherited:
             raise ConfigError("this run belongs to the parent process; start a new one after the fork")
 
+    def _ask_to_close(self, reason: str) -> None:
+        """Have the run left as soon as what is going on has come back, and tell the tools that work."""
+        self._asked_to_close = self._scope.leaving_as = reason
+        self._scope.cancel_token.cancel(reason)
+
     def _advance(self, resume: Callable[[Any], Any], value: Any) -> Any:
         """Resume the plan; return what it asks for next, after a close that somebody asked for meanwhile."""
         item = resume(value)

@@ -15,33 +15,47 @@ CANCEL_KEY: Final = "looplet.cancel"
 class CancelToken:
     """Asks a run, and its tools through `ctx.cancel_token`, to stop; nothing is interrupted by force.
 
-    A token with `parents` is cancelled when one of them is.  May be used from any thread.
+    A token with `parents` is cancelled when one of them is.  May be used from any thread, and in a signal handler: it
+    has no lock, every step of it is one that Python makes as a whole.
     """
 
-    __slots__ = ("_callbacks", "_is_cancelled", "_lock", "_parents", "reason")
+    __slots__ = ("_callbacks", "_hung", "_is_cancelled", "_parents", "_reason")
 
     def __init__(self, *parents: CancelToken) -> None:
         self._parents = parents
-        self.reason = ""
-        """what `cancel` was told; of this token alone"""
+        self._reason = ""
         self._is_cancelled = False
-        self._callbacks: list[Callable[[], object]] = []
-        self._lock = threading.Lock()
+        self._callbacks: dict[Callable[[], object], None] = {}
+        """of this token and those below, in order"""
+        self._hung: dict[Callable[[], None], None] = {}
+        """what takes back what `on_cancel` was given"""
 
     @property
     def is_cancelled(self) -> bool:
         """Tell whether this token, or one above it, was cancelled."""
         return self._is_cancelled or any(parent.is_cancelled for parent in self._parents)
 
+    @property
+    def reason(self) -> str:
+        """Return what `cancel` was told, here or above; an empty string while nobody has."""
+        return self._reason or next((parent.reason for parent in self._parents if parent.is_cancelled), "")
+
     def cancel(self, reason: str = "cancelled") -> None:
-        """Ask; a second time changes nothing."""
-        with self._lock:
-            if self._is_cancelled:
-                return
-            self._is_cancelled, self.reason = True, reason
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
+        """Ask; a second time changes nothing.  Every callback is called; the first error of one is raised then."""
+        if self._is_cancelled:
+            return
+        self._reason, self._is_cancelled = reason, True
+        failed: Exception | None = None
+        while callbacks := list(self._callbacks):
+            for callback in callbacks:
+                self._callbacks.pop(callback, None)
+                try:
+                    callback()
+                except Exception as error:  # noqa: BLE001 - somebody's callback; the others are to hear of it, too
+                    failed = failed or error
+        self.forget()
+        if failed is not None:
+            raise failed
 
     def raise_if_cancelled(self) -> None:
         """Raise ToolError (kind `cancelled`) once the token is cancelled."""
@@ -56,7 +70,7 @@ class CancelToken:
         """Wait until the token is cancelled, for at most `timeout_s` seconds; tell whether it was."""
         gate = threading.Lock()
         gate.acquire()
-        forget = self.on_cancel(gate.release)
+        forget = self._hang(_Once(gate.release))
         try:
             gate.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
         finally:
@@ -66,24 +80,34 @@ class CancelToken:
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Have `callback` called once, by the thread that cancels; at once if that has happened.
 
-        Returns a function that takes it back.
+        Returns a function that takes it back.  When a tool's call has come back, what its token was given is taken
+        back: nobody waits for the call any more.
         """
-        return self._hang(_Once(callback))
+        take_back = self._hang(_Once(callback))
+
+        def forget() -> None:
+            self._hung.pop(forget, None)
+            take_back()
+
+        self._hung[forget] = None
+        if self.is_cancelled:
+            forget()
+        return forget
+
+    def forget(self) -> None:
+        """Take back what `on_cancel` of this token was given, here and above."""
+        for forget in list(self._hung):
+            forget()
 
     def _hang(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Add a callback to this token and those above."""
         above = [parent._hang(callback) for parent in self._parents]  # noqa: SLF001 - its own class
-        with self._lock:
-            too_late = self._is_cancelled
-            if not too_late:
-                self._callbacks.append(callback)
-        if too_late:
+        self._callbacks[callback] = None
+        if self._is_cancelled:  # asked after it was added: whoever cancels meanwhile finds it, or is found out here
             callback()
 
         def take_back() -> None:
-            with self._lock:
-                if callback in self._callbacks:
-                    self._callbacks.remove(callback)
+            self._callbacks.pop(callback, None)
             for take_back_above in above:
                 take_back_above()
 
@@ -93,14 +117,14 @@ class CancelToken:
 class _Once:
     """A callback that is called at most once, however many tokens it hangs on."""
 
-    __slots__ = ("_callback", "_lock")
+    __slots__ = ("_callback",)
 
     def __init__(self, callback: Callable[[], object]) -> None:
-        self._callback: Callable[[], object] | None = callback
-        self._lock = threading.Lock()
+        self._callback = [callback]
 
     def __call__(self) -> None:
-        with self._lock:
-            callback, self._callback = self._callback, None
-        if callback is not None:
-            callback()
+        try:
+            callback = self._callback.pop()
+        except IndexError:
+            return
+        callback()

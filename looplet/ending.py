@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from types import TracebackType
 from typing import Any, Final
 
 from looplet.approval import WAITING
@@ -30,29 +30,52 @@ FAILURES: Final = frozenset({"error", "llm_error", "cancelled", "exception_in_bo
 """stop reasons that make the run's span an error"""
 
 
-@contextmanager
-def record_ending(run: RunScope) -> Iterator[Phase]:
-    """Open the run's span; whatever happens inside, end every span of the run with a reason and write them."""
-    trace, recorder = run.trace, run.trace.recorder
-    run.tell(RunStartEvent, task=run.task, parent_run_id=run.parent[0] if run.parent else "")
-    try:
-        for sink in recorder.sinks:
-            _guarded(sink.attach, recorder)
-        with trace.run(_identity(run), run.links) as root:
+class Recording:
+    """The run's span, as a `with` block: whatever happens inside, every span of the run ends with a reason, written.
+
+    No generator: the garbage collector would finalise it before the run that it belongs to.
+    """
+
+    __slots__ = ("_root", "_run")
+
+    def __init__(self, run: RunScope) -> None:
+        self._run = run
+
+    def __enter__(self) -> Phase:
+        run = self._run
+        run.tell(RunStartEvent, task=run.task, parent_run_id=run.parent[0] if run.parent else "")
+        try:
+            for sink in run.trace.recorder.sinks:
+                _guarded(sink.attach, run.trace.recorder)
+            self._root = run.trace.run(_identity(run), run.links)
+        except BaseException:
+            self._close()
+            raise
+        return self._root
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self._end(error)
+        finally:
             try:
-                yield root
-            except BaseException as error:  # the end phase was left before its end
-                run.ending = "error" if isinstance(error, Exception) else "cancelled"
-                raise
+                self._root.__exit__(kind, error, tb)
             finally:
-                trace.leave_turns()
-                ending = run.ending = run.ending or "error"
-                trace.sweep(ending if ending in NORMAL_ENDINGS | FAILURES else "error")
-                _record_totals(run, root, ending)
-    finally:
+                self._close()
+
+    def _end(self, error: BaseException | None) -> None:
+        run, trace = self._run, self._run.trace
+        if error is not None:  # the end phase was left before its end
+            run.ending = "error" if isinstance(error, Exception) else "cancelled"
+        trace.leave_turns()
+        ending = run.ending = run.ending or "error"
+        trace.sweep(ending if ending in NORMAL_ENDINGS | FAILURES else "error")
+        _record_totals(run, self._root, ending)
+
+    def _close(self) -> None:
+        recorder = self._run.trace.recorder
         recorder.close()
         try:
-            trace.durable()
+            recorder.durable()
         finally:
             for sink in recorder.sinks:
                 _guarded(sink.detach, recorder)

@@ -92,6 +92,8 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
         return failure(call, error, warnings=ctx.warnings)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
         return failure(call, to_tool_error(error), warnings=ctx.warnings)
+    finally:
+        token.forget()  # the caller's token may live for ever
 
 
 def _tell(token: CancelToken, reason: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from looplet.asking import chat, error_step, facts_of, pre_prompt, remember
 from looplet.dispatch import take_calls
-from looplet.ending import end_run, record_ending, settle_observers
+from looplet.ending import Recording, end_run, settle_observers
 from looplet.events import LifecycleEvent
 from looplet.plan import Closing, Effects, Plan
 from looplet.scope import RunResult, RunScope
@@ -24,7 +24,7 @@ from looplet.types import Step, ToolCall
 def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
     """Yield the steps of a run; return what it came to.  Every way out goes through the end phase."""
     failure: BaseException | None = None
-    with record_ending(run) as root:
+    with Recording(run) as root:
         try:
             yield from begin(run, root)
             while run.stop is None and run.limit is None:

@@ -42,7 +42,8 @@ class MessageLog:
     def __init__(self, clean: Callable[[Any], Any] | None = None) -> None:
         self._clean = clean
         self._numbers: dict[bytes, int] = {}
-        self._known: dict[int, tuple[Message, int, bytes]] = {}  # by id(); holds the message, so that ids stay its own
+        self._known: dict[int, tuple[Message, int, bytes]] = {}
+        """what the last request began with, by id(); holds the messages, so that ids stay their own"""
         self._requests = 0
         self._base = -1
         """number of the run's last request; that of others in between does not count"""
@@ -84,8 +85,9 @@ class MessageLog:
         if unchanged != len(before.order):
             self._stable = _References()
             unchanged = 0
+            self._known = {id(m): known for m in messages if (known := self._known.get(id(m))) is not None}
         for at in range(unchanged, stable):
-            self._stable.add(*self._number(messages[at], new))
+            self._stable.add(*self._number(messages[at], new, keep=True))
         if unchanged == 0:
             shared = _common_prefix(before.order, self._stable.order)
         tail = [self._number(messages[at], new) for at in range(stable, len(messages))]
@@ -98,7 +100,7 @@ class MessageLog:
         said = b",".join(data for _, data in new).decode()
         return LoggedRequest(number, refs, sha256_hex, first, tuple(message for message, _ in new), f"[{said}]")
 
-    def _number(self, message: Message, new: list[tuple[Message, bytes]]) -> tuple[int, bytes]:
+    def _number(self, message: Message, new: list[tuple[Message, bytes]], *, keep: bool = False) -> tuple[int, bytes]:
         known = self._known.get(id(message))
         if known is None:
             data = encode((message if self._clean is None else clean_message(message, self._clean)).to_dict())
@@ -107,7 +109,9 @@ class MessageLog:
             if number is None:
                 number = self._numbers[hashed] = len(self._numbers)
                 new.append((message, data))
-            known = self._known[id(message)] = (message, number, hashed)
+            known = (message, number, hashed)
+            if keep:
+                self._known[id(message)] = known
         return known[1], known[2]
 
 

@@ -50,7 +50,7 @@ class Run(BaseRun[SyncExecutor], Iterator["Step"]):
         if self._nothing_to_leave(reason):
             return
         if self._driving:
-            self._asked_to_close = reason
+            self._ask_to_close(reason)
             return
         with suppress(StopIteration):
             self._drive(self._plan.throw, Closing(reason))
@@ -118,7 +118,7 @@ class AsyncRun(BaseRun[AsyncExecutor], AsyncIterator["Step"]):
         if self._nothing_to_leave(reason):
             return
         if self._driving:
-            self._asked_to_close = reason
+            self._ask_to_close(reason)
             return
         with suppress(_PlanReturned):
             await self._drive(self._plan.throw, Closing(reason))

@@ -119,6 +119,8 @@ class RunScope:
     """makes the conversation shorter; a hook may put another into `state.compact_service`"""
     output_type: Any = None
     """what the arguments of `done` must fit"""
+    leaving_as: str = "cancelled"
+    """the stop reason when the token is cancelled"""
     loop: Any = None
     """the event loop of an async run"""
     stream: Stream = field(default_factory=Stream)
@@ -161,7 +163,7 @@ class RunScope:
     def check_cancelled(self) -> None:
         """Leave the run if its token was cancelled."""
         if self.cancel_token.is_cancelled:
-            raise Closing("cancelled")
+            raise Closing(self.leaving_as)
 
     def count_usage(self, usage: Usage | None) -> None:
         """Count a model call; tools may make them in threads of their own."""

@@ -218,5 +218,5 @@ def require_whole(file: Path, provider: CountingProvider, reason: str) -> Trace:
     assert ids == sorted(provider.ends)
     (root,) = trace.roots
     assert not any(node.synthetic for node in trace.spans)
-    assert (root.name.split()[0], root.attributes[semconv.STOP_REASON]) == (semconv.INVOKE_AGENT, reason)
+    assert (root.name.split()[0], root.attributes[semconv.STOP_REASON]) == (semconv.INVOKE_AGENT, reason), root
     return trace

@@ -16,12 +16,24 @@ from hypothesis import strategies as st
 from support import make_tools
 from test_properties import moderate
 
-from looplet import EvalContext, Message, ProvenanceSink, Trace, TraceError, composable_loop, tool, tools_from
+from looplet import (
+    ApprovalHook,
+    EvalContext,
+    HookDecision,
+    Message,
+    ProvenanceSink,
+    Trace,
+    TraceError,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.cli.show import show_command
 from looplet.evals.context import load_contexts
 from looplet.prompt import render
 from looplet.telemetry import semconv
 from looplet.telemetry.folder import write_folder
+from looplet.telemetry.otlp_decode import MAX_DEPTH
 from looplet.testing import MockLLMBackend, ScriptedBackend
 
 ADD, LOOK, BOOM = ("add", {"a": 1, "b": 2}), ("look", {"name": "x"}), ("boom", {})
@@ -74,6 +86,19 @@ def record_sub_agent(folder: Path) -> None:
     list(composable_loop(ScriptedBackend([("ask", {"name": "n"}), DONE]), {}, tools, hooks=[sink]))
 
 
+class AsksAHuman:
+    def check_permission(self, call, state):
+        return HookDecision(permission="ask") if call.tool == "add" else None
+
+
+def record_paused(folder: Path) -> None:
+    llm, rest = ScriptedBackend([[LOOK, ADD], DONE]), {"task": {"goal": "g"}}
+    for _ in range(2):
+        hooks = [AsksAHuman(), ApprovalHook(), ProvenanceSink(folder)]
+        list(composable_loop(llm, tools=make_tools(), hooks=hooks, **rest))
+        rest = {"resume": folder, "verdict": "approve"}
+
+
 FOREIGN = {
     "resourceSpans": [
         {
@@ -119,6 +144,7 @@ WAYS = {
     "rewritten": lambda folder: record(folder, ScriptedBackend([ADD, BOOM, DONE]), Rewrites()),
     "text": lambda folder: record(folder, MockLLMBackend(['{"tool": "add", "args": {"a": 1, "b": 1}}', "?", "?"])),
     "sub-agent": record_sub_agent,
+    "paused": record_paused,
 }
 
 
@@ -307,3 +333,112 @@ def test_what_is_not_damaged_is_read(name):
 @given(st.sampled_from([*WAYS, "killed", "foreign"]), DAMAGE, st.integers(0, 9))
 def test_a_damaged_trace_is_read_or_refused_with_a_trace_error(name, damage, die):
     check(damaged(name, damage), show_too=die == 0)
+
+
+# --- what a fuzzer rarely finds -----------------------------------------------------------------------------------------
+
+
+def span_of(name, number, parent="", **told):
+    attributes = [{"key": key, "value": {"stringValue": value}} for key, value in told.items()]
+    return {"traceId": "a" * 32, "spanId": f"{number:016x}", "parentSpanId": parent and f"{parent:016x}", "name": name,
+            "attributes": attributes}  # fmt: skip
+
+
+def lines_of(*spans):
+    return [{"resourceSpans": [{"scopeSpans": [{"scope": {"name": "looplet"}, "spans": list(spans)}]}]}]
+
+
+def test_spans_nested_as_deep_as_a_file_can_hold_are_read():
+    run = {semconv.RUN_ID: "r", semconv.OPERATION_NAME: "invoke_agent"}
+    spans = [span_of("a", 1, **run), *(span_of("a", n, n - 1, **{semconv.RUN_ID: "r"}) for n in range(2, 3000))]
+    assert check(lines_of(*spans)) == []
+
+
+def test_runs_that_started_each_other_are_shown_once():
+    spans = []
+    for number, (run, above) in enumerate([("a", "b"), ("b", "a"), ("c", "c"), ("d", "c")], 1):
+        spans.append(span_of("invoke_agent x", number, **{semconv.RUN_ID: run}))
+        told = {semconv.RUN_ID: run, semconv.PARENT_RUN_ID: above}
+        spans.append(span_of(semconv.START, number + 10, number, **told))
+    check(lines_of(*spans))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.jsonl"
+        file.write_text(json.dumps(lines_of(*spans)[0]))
+        said = CliRunner().invoke(show_command, [str(file), "--json"])
+        runs = json.loads(said.output)["runs"]
+        assert [(run["run_id"], [sub["run_id"] for sub in run["sub_runs"]]) for run in runs] == [
+            ("a", []), ("b", []), ("c", ["d"]),
+        ]  # fmt: skip
+        assert CliRunner().invoke(show_command, [str(file), "--run", "c"]).exit_code == 0
+
+
+@pytest.mark.parametrize("depth", [40, 400])
+def test_runs_nested_deeply_are_shown_or_refused(depth):
+    spans = []
+    for number in range(1, depth):
+        parent = number - 1 or ""
+        spans.append(span_of("invoke_agent x", number, parent, **{semconv.RUN_ID: f"r{number}"}))
+    check(lines_of(*spans))
+
+
+def test_values_nested_deeper_than_otlp_allows_are_refused():
+    value = {"intValue": "1"}
+    for _ in range(MAX_DEPTH + 1):
+        value = {"arrayValue": {"values": [value]}}
+    span = {**span_of("a", 1), "attributes": [{"key": "a", "value": value}]}
+    (error, *_) = check(lines_of(span))
+    assert "nested too deeply" in str(error)
+
+
+@pytest.mark.parametrize("refs", ["0-999999999999", "0," * 3 + "-", "0,1,", "x", "1^1", "0^1", "²", "0-0," * 600_000])
+def test_references_that_no_request_has_are_refused_at_once(refs):
+    lines = copy.deepcopy(originals()["plain"])
+    (chat, *_) = [span for span in spans_of(lines) if span["name"].startswith("chat")]
+    set_attribute(chat["attributes"], semconv.INPUT_REFS, {"stringValue": refs})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (view,) = Trace.load(file).runs
+        with pytest.raises(TraceError, match=rf"{file}:2: span 'chat scripted' .*(request|list of message numbers)"):
+            view.request(view.chats[0])
+
+
+def test_an_error_names_file_line_and_span():
+    lines = copy.deepcopy(originals()["plain"])
+    (boom,) = [span for span in spans_of(lines) if span["name"] == "execute_tool boom"]
+    line = next(number for number, line in enumerate(lines, 1) if boom in spans_of([line]))
+    set_attribute(boom["attributes"], semconv.STEP_NUMBER, {"stringValue": "four"})
+    (error, *_) = check(lines)
+    assert error.line == line
+    words = f"span 'execute_tool boom' ({boom['spanId']}): looplet.step.number is 'four', and no whole number"
+    assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (semconv.TOOL_CALL_ARGUMENTS, "[1]", "Expected `object`, got `array`"),
+        (semconv.TOOL_CALL_ARGUMENTS, '{"a": ', "was it cut by a limit"),
+        (semconv.TOOL_CALL_ARGUMENTS, "[" * 200 + "]" * 200, "nested more than 120 levels deep"),
+        (semconv.TOOL_CALL, '{"reasoning": 5}', r"Expected `str`, got `int` - at `\$.reasoning`"),
+        (semconv.TOOL_RESULT, '{"warnings": [1]}', r"at `\$.warnings"),
+        (semconv.TOOL_RESULT, '{"error_detail": {"kind": "odd", "message": "m"}}', "Invalid enum value 'odd'"),
+    ],
+)
+def test_what_looplet_cannot_have_written_is_named(key, value, words):
+    lines = copy.deepcopy(originals()["plain"])
+    (add,) = [span for span in spans_of(lines) if span["name"] == "execute_tool add"]
+    set_attribute(add["attributes"], key, {"stringValue": value})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (view,) = Trace.load(file).runs
+        with pytest.raises(TraceError, match=rf"span 'execute_tool add' .*{key}.*{words}"):
+            view.steps  # noqa: B018 - reading it is the test
+
+
+def test_long_texts_that_are_no_json_stay_text():
+    spans = [span_of("chat m", 1, **{semconv.OPERATION_NAME: "chat", semconv.OUTPUT_MESSAGES: "[" * 1_000_000})]
+    lines = lines_of(*spans)
+    lines[0]["resourceSpans"][0]["scopeSpans"][0]["scope"]["name"] = "theirs"
+    assert check(lines) == []

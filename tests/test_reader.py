@@ -1,21 +1,39 @@
 """Reading traces back: queries, foreign traces, several runs in a file, damage."""
 
 import json
+import sys
+from collections import Counter
 
 import pytest
-from support import make_tools
+from handmade import Spans
+from support import add, both, make_tools
 
-from looplet import EvalContext, ProvenanceSink, Trace, TraceError, composable_loop
+from looplet import (
+    EvalContext,
+    Message,
+    ProvenanceSink,
+    Reply,
+    ToolCall,
+    ToolContext,
+    Trace,
+    TraceError,
+    Usage,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.evals.context import load_contexts
-from looplet.testing import ScriptedBackend
+from looplet.telemetry import semconv
+from looplet.telemetry.folder import WHOLE_PROMPTS
+from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 
 ADD, BOOM, DONE = ("add", {"a": 1, "b": 2}), ("boom", {}), ("done", {"answer": "x"})
 
 
-def record(folder, *replies, **rest):
+def record(folder, *replies, hooks=(), **rest):
     sink = ProvenanceSink(folder)
     run = composable_loop(
-        ScriptedBackend(replies or [ADD, BOOM, DONE]), {"goal": "g"}, make_tools(), hooks=[sink], **rest
+        ScriptedBackend(replies or [ADD, BOOM, DONE]), {"goal": "g"}, make_tools(), hooks=[*hooks, sink], **rest
     )
     list(run)
     return sink, run
@@ -168,3 +186,198 @@ def test_a_request_that_builds_on_itself_is_refused(tmp_path):
     (run,) = Trace.load(tmp_path).runs
     with pytest.raises(TraceError, match="builds on a later request"):
         run.request(run.chats[1])
+
+
+# --- traces of other writers ------------------------------------------------------------------------------------------
+
+
+def foreign(*spans: tuple[str, int, int, dict]) -> Spans:
+    """Return spans without a run of looplet's: name, id, parent's id, attributes."""
+    made = Spans()
+    for name, number, parent, told in spans:
+        told = {semconv.OPERATION_NAME: name.split()[0], **told}
+        made.add(name, number, parent, (number, number + 1), told, scope="theirs", run="")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "args"),
+    [
+        ("look at x", {"text": "look at x"}),
+        ('{"q": 1, ', {"text": '{"q": 1, '}),
+        ("[1, 2]", {"text": "[1, 2]"}),
+        ('{"q": 1}', {"q": 1}),
+        ({"q": "x", "n": 1}, {"q": "x", "n": 1}),
+        ([1, 2], {"text": "[1,2]"}),
+        (7, {"text": "7"}),
+        ("", {}),
+    ],
+)
+def test_arguments_of_others_are_read_whatever_they_are(tmp_path, arguments, args):
+    told = {semconv.TOOL_NAME: "t", semconv.TOOL_CALL_ARGUMENTS: arguments}
+    (step,) = foreign(("execute_tool t", 1, 0, told)).view(tmp_path).steps
+    assert step.tool_call.args == args
+
+
+@pytest.mark.parametrize(
+    ("result", "data"),
+    [
+        ("sunny, 21 degrees", "sunny, 21 degrees"),
+        ('{"t": 21', '{"t": 21'),
+        ('{"t": 21}', {"t": 21}),
+        ({"t": 21}, {"t": 21}),
+    ],
+)
+def test_results_of_others_are_read_whatever_they_are(tmp_path, result, data):
+    (step,) = foreign(("execute_tool t", 1, 0, {semconv.TOOL_CALL_RESULT: result})).view(tmp_path).steps
+    assert step.tool_result.data == data
+
+
+HELLO = {"type": "text", "content": "hello"}
+CALL = {"type": "tool_call", "id": "", "name": "t", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("told", "messages"),
+    [
+        ("hello", [("user", [HELLO])]),
+        ('"hello"', [("user", [HELLO])]),
+        ('["hello"]', [("user", [HELLO])]),
+        ('[{"role": "system", "parts": [{"type": "text", "content": "hello"}]}]', [("system", [HELLO])]),
+        ('[{"role": "system", "content": "hello"}]', [("system", [HELLO])]),
+        ('[{"role": "user", "content": [{"type": "text", "text": "hello"}]}]',
+         [("user", [{**HELLO, "text": "hello"}])]),
+        ('[{"role": "user", "parts": ["hello"]}]', [("user", [HELLO])]),
+        ('[{"role": "assistant", "parts": [{"type": "tool_call", "name": "t", "arguments": "{\\"a\\": 1}"}]}]',
+         [("assistant", [CALL])]),
+        ('[{"role": "tool", "parts": [{"type": "tool_call_response", "id": null, "result": 3}]}]',
+         [("tool", [{"type": "tool_call_response", "id": "", "result": 3, "response": 3}])]),
+        ('[{"role": "user", "parts": [{"type": "blob", "modality": "image"}]}]',
+         [("user", [{"type": "blob", "modality": "image"}])]),
+        ([{"role": "user", "parts": [HELLO]}], [("user", [HELLO])]),
+    ],
+)  # fmt: skip
+def test_messages_of_others_are_read_whatever_they_are(tmp_path, told, messages):
+    view = foreign(("chat m", 1, 0, {semconv.INPUT_MESSAGES: told})).view(tmp_path)
+    read = view.request(view.chats[0])
+    assert [(message.role, list(message.parts)) for message in read] == messages
+    assert view.conversation() == read
+
+
+def test_answers_of_others_may_be_plain_text(tmp_path):
+    view = foreign(("chat m", 1, 0, {semconv.INPUT_MESSAGES: "hello", semconv.OUTPUT_MESSAGES: "hi"})).view(tmp_path)
+    assert [(message.role, message.text) for message in view.conversation()] == [("user", "hello"), ("assistant", "hi")]
+
+
+def test_a_chat_inside_a_chat_of_others_counts_nothing_twice(tmp_path):
+    tokens = {semconv.INPUT_TOKENS: 12, semconv.OUTPUT_TOKENS: 3}
+    view = foreign(
+        ("invoke_agent a", 1, 0, tokens),
+        ("chat m", 2, 1, tokens),
+        ("chat m", 3, 2, tokens),
+        ("execute_tool t", 4, 1, {}),
+        ("chat m", 5, 4, tokens),
+    ).view(tmp_path)
+    assert [int(chat.span_id, 16) for chat in view.chats] == [2, 5]
+    assert (view.usage.input_tokens, view.usage.output_tokens) == (24, 6)
+    assert [step.usage.input_tokens for step in view.steps] == [12]
+
+
+@pytest.mark.parametrize(("told", "tokens"), [(3, 3), ("3", 3), ("many", 0), (-3, 0), ([3], 0), (10**15, 0), (True, 0)])
+def test_tokens_of_others_count_where_they_are_numbers(tmp_path, told, tokens):
+    assert foreign(("chat m", 1, 0, {semconv.INPUT_TOKENS: told})).view(tmp_path).usage.input_tokens == tokens
+
+
+# --- whose usage it is, live and read back ----------------------------------------------------------------------------
+
+
+def test_usage_of_tools_that_ask_a_model_is_told_alike_by_the_run_and_its_file():
+    @tool
+    def ask(text: str, ctx: ToolContext) -> str:
+        """Ask the model."""
+        return ctx.llm.generate(text)
+
+    @tool(concurrent_safe=True)
+    def twice(text: str, ctx: ToolContext) -> str:
+        """Ask the model twice, at the same time as others."""
+        return ctx.llm.generate(text) + ctx.llm.generate(text)
+
+    def reply(tokens, *calls):
+        return Reply("said", tuple(ToolCall(name, dict(args)) for name, args in calls), Usage(tokens, 1))
+
+    def make(is_async):
+        plain = [reply(10**n) for n in range(4, 10)]
+        replies = [
+            reply(1, ("ask", {"text": "a"}), ("add", {"a": 1, "b": 2}), ("ask", {"text": "b"}), ("nowhere", {})),
+            *plain[:2],
+            reply(10, ("twice", {"text": "c"}), ("twice", {"text": "d"}), ("ask", {"text": "e"})),
+            *plain[2:4], *plain[2:4], plain[4],
+            reply(100, DONE),
+        ]  # fmt: skip
+        tools = tools_from([ask, twice, add], include_done=True)
+        return {"llm": (AsyncScriptedBackend if is_async else ScriptedBackend)(replies), "task": {}, "tools": tools}
+
+    outcome = both(make)
+    (view,) = outcome.trace.runs
+    spent = [step.usage.input_tokens for step in outcome.steps]
+    assert spent == [10_001, 0, 100_000, 0, 10 + 2 * 10**6 + 2 * 10**7, 0, 10**8, 100]
+    assert sum(spent) == view.usage.input_tokens
+    assert [bool(step.prompt) for step in outcome.steps] == [n in (1, 5, 8) for n in range(1, 9)]
+    assert len(view.agent_chats) == 3
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+class Briefs:
+    """Say something new before every request, so that references to the rest are given relative to earlier ones."""
+
+    def pre_prompt(self, state, log, ctx, step):
+        return f"fact {step}"
+
+
+def calls_during(read) -> Counter:
+    """Return how often each function was called while `read` worked."""
+    counted: Counter = Counter()
+
+    def note(frame, event, arg):
+        if event == "call":
+            counted[frame.f_code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        read()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["oldest first", "newest first"])
+def test_rebuilding_every_request_resolves_and_hashes_each_thing_once(tmp_path, order):
+    record(tmp_path, *[ADD] * 60, DONE, hooks=[Briefs()], max_steps=99)
+    (view,) = Trace.load(tmp_path).runs
+    relative = sum("^" in chat.attributes[semconv.INPUT_REFS] for chat in view.chats)
+    assert relative > 40
+    counted = calls_during(lambda: [view.request(chat) for chat in view.chats[::order]])
+    assert counted["_resolved"] <= len(view.chats) + 1  # the first one that others build on, a second time
+    assert counted["digest"] <= len(view.message_log)
+
+
+def test_the_folder_of_a_long_run_grows_with_what_was_said(tmp_path):
+    calls = [("add", {"a": number, "b": 1}) for number in range(WHOLE_PROMPTS + 9)]
+    sink, _ = record(tmp_path, *calls, DONE, max_steps=99)
+    sink.flush()
+    last_whole, first_new = (
+        (tmp_path / f"call_{number}_prompt.txt").read_text() for number in (WHOLE_PROMPTS - 1, WHOLE_PROMPTS)
+    )
+    assert last_whole.count("═══ 0 user ═══") == 1
+    assert "goal: g" not in first_new
+    head, *rest = first_new.splitlines()
+    assert head == f"# call {WHOLE_PROMPTS} — method=chat turn={WHOLE_PROMPTS + 1}"
+    assert f"run.request(run.chats[{WHOLE_PROMPTS}])" in rest[0]
+    assert rest[1:] == [f"═══ {2 * WHOLE_PROMPTS - 1} assistant calls add [call_{WHOLE_PROMPTS}] ═══",
+                        f'{{"a":{WHOLE_PROMPTS - 1},"b":1}}',
+                        f"═══ {2 * WHOLE_PROMPTS} tool [call_{WHOLE_PROMPTS}] ═══", str(WHOLE_PROMPTS)]  # fmt: skip
+    (view,) = Trace.load(tmp_path).runs
+    assert Message.of_text("user", "goal: g") in view.request(view.chats[WHOLE_PROMPTS])
+    assert len(list(tmp_path.glob("call_*_response.txt"))) == len(view.chats)

@@ -5,9 +5,23 @@ from __future__ import annotations
 import pytest
 from handmade import RUN_ID, TRACE_ID, Spans, step_event
 
-from looplet import EvalContext, Trace
+from looplet import (
+    ApprovalHook,
+    EvalContext,
+    HookDecision,
+    ProvenanceSink,
+    Reply,
+    ToolCall,
+    ToolContext,
+    Trace,
+    Usage,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.evals.context import load_contexts
 from looplet.telemetry import semconv
+from looplet.testing import ScriptedBackend
 
 PAUSED = "waiting_for_approval"
 
@@ -137,6 +151,49 @@ def test_a_call_that_a_later_segment_finished_is_not_unfinished(tmp_path):
     assert [call.call_id for call in spans.view(tmp_path).unfinished_calls] == ["lost"]
 
 
+class AsksAHuman:
+    def check_permission(self, call, state):
+        return HookDecision(permission="ask") if call.tool == "delete" else None
+
+
+@pytest.mark.parametrize("source", ["run", "file"])
+def test_a_real_run_that_paused_twice_says_the_same_as_its_file(tmp_path, source):
+    @tool
+    def ask(text: str, ctx: ToolContext) -> str:
+        """Ask the model."""
+        return ctx.llm.generate(text)
+
+    @tool
+    def delete(name: str) -> str:
+        """Delete something."""
+        return f"deleted {name}"
+
+    def reply(tokens, *calls):
+        return Reply("said", tuple(ToolCall(name, dict(args)) for name, args in calls), Usage(tokens, 1))
+
+    replies = [
+        reply(1, ("ask", {"text": "a"}), ("delete", {"name": "a"}), ("ask", {"text": "b"})),
+        *[reply(10), reply(100)],
+        reply(1000, ("delete", {"name": "b"}), ("ask", {"text": "c"})),
+        *[reply(10_000), reply(100_000, ("done", {"answer": "x"}))],
+    ]
+    rest: dict = {"task": {"goal": "g"}}
+    llm = ScriptedBackend(replies)
+    for paused in (True, True, False):
+        tools = tools_from([ask, delete], include_done=True)
+        hooks = [AsksAHuman(), ApprovalHook(), ProvenanceSink(tmp_path)]
+        run = composable_loop(llm, tools=tools, hooks=hooks, **rest)
+        list(run)
+        assert run.stop_reason == ("waiting_for_approval" if paused else "done")
+        assert EvalContext.from_run(run) == EvalContext.from_trace(tmp_path)
+        rest = {"resume": run if source == "run" else tmp_path, "verdict": "approve"}
+    (view,) = Trace.load(tmp_path).runs
+    assert [root.attributes[semconv.SEGMENT_NUMBER] for root in view.segments] == [1, 2, 3]
+    assert tokens_of(view) == [11, 0, 100, 1000, 10_000, 100_000]
+    assert view.last.attributes[semconv.RUN_INPUT_TOKENS] == view.usage.input_tokens == 111_111
+    assert len(view.request(view.agent_chats[-1])) == len(view.conversation()) - 1
+
+
 # --- whose usage it is ------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +260,7 @@ def test_a_tool_whose_turn_was_killed_keeps_its_step_and_usage(tmp_path):
     spans.tool(22, 20, (21, 22), 1, 1)
     view = spans.view(tmp_path)
     assert tokens_of(view) == [1]
-    (tool,) = (node for node in view.spans if node.kind == semconv.EXECUTE_TOOL)
+    (tool,) = (node for node in view.spans if node.operation == semconv.EXECUTE_TOOL)
     assert [above.name for above in tool.ancestors()][:2] == [semconv.DISPATCH, semconv.TURN]
 
 

@@ -96,12 +96,12 @@ class _Skeleton:
         if (key, parent_id) in self._known_turns:
             return semconv.TURN, root
         above = _latest(self._turns.get(key, []), child.record) or root
-        return semconv.DISPATCH if child.is_own and child.kind in _BELOW_DISPATCH else UNFINISHED, above
+        return semconv.DISPATCH if child.is_own and child.operation in _BELOW_DISPATCH else UNFINISHED, above
 
 
 def _is_top(node: SpanNode) -> bool:
     """Tell whether the span is the root of its run: what is above it belongs to somebody else."""
-    return node.is_own and node.kind == semconv.INVOKE_AGENT and _is_first(node)
+    return node.is_own and node.operation == semconv.INVOKE_AGENT and _is_first(node)
 
 
 _Times: TypeAlias = dict[str, int]
@@ -109,18 +109,18 @@ _Times: TypeAlias = dict[str, int]
 
 
 def _note_root(times: _Times, node: SpanNode) -> None:
-    if node.kind == semconv.INVOKE_AGENT:
+    if node.operation == semconv.INVOKE_AGENT:
         _note(times, node.span_id, node.record.start_ns)
         if not _is_first(node):
             _note(times, node.record.parent_id, 0)  # the first segment, before all others
-    elif node.kind in _BELOW_ROOT:
+    elif node.operation in _BELOW_ROOT:
         _note(times, node.record.parent_id, node.record.start_ns)
 
 
 def _note_turn(times: _Times, node: SpanNode) -> None:
-    if node.kind == semconv.TURN:
+    if node.operation == semconv.TURN:
         _note(times, node.span_id, node.record.start_ns)
-    elif node.kind in _BELOW_TURN or node.is_request:
+    elif node.operation in _BELOW_TURN or node.is_request:
         _note(times, node.record.parent_id, node.record.start_ns)
 
 

@@ -33,7 +33,7 @@ class SpanNode:
         return self.record.name
 
     @property
-    def kind(self) -> str:
+    def operation(self) -> str:
         """Return what the span is about: its GenAI operation, else its name without the subject."""
         return str(self.record.attributes.get(semconv.OPERATION_NAME) or self.record.name.partition(" ")[0])
 
@@ -81,7 +81,7 @@ class SpanNode:
     def is_request(self) -> bool:
         """Tell whether this is a request of the loop itself, and no model call for a tool, a judge or a summary."""
         purpose = self.record.attributes.get(semconv.CHAT_PURPOSE, AGENT)
-        return self.kind == semconv.CHAT and purpose == AGENT and self.turn_number > 0
+        return self.operation == semconv.CHAT and purpose == AGENT and self.turn_number > 0
 
     @property
     def turn_number(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 from looplet.errors import TraceError
 from looplet.messages import Message, digest, sha256
@@ -86,27 +86,27 @@ class Requests:
 
     def _numbers(self, node: SpanNode) -> Sequence[int]:
         """Resolve references; those relative to an earlier request are followed back, then applied forward."""
-        chain: list[tuple[SpanNode, int, _References]] = []
+        chain: list[tuple[int, SpanNode, _References]] = []
         base: Sequence[int] = ()
-        at = _number_of(node)
+        at = node.attributes.get(semconv.INPUT_REQUEST, 0)
         while True:
+            if at in self._kept and self._by_number[at] is node:
+                self._kept.move_to_end(at)
+                base = self._kept[at]
+                break
             references = _References.of(node)
-            chain.append((node, at, references))
+            chain.append((at, node, references))
             if references.base is None:
                 break
             if references.base >= at:
                 raise references.problem(node, "builds on a later request")
             at = references.base
-            if at in self._kept:
-                self._kept.move_to_end(at)
-                base = self._kept[at]
-                break
             if at not in self._by_number:
                 raise references.problem(node, f"builds on request {at}, which is not in the trace")
             node = self._by_number[at]
-        for node, at, references in reversed(chain):
+        for at, node, references in reversed(chain):
             base = self._resolved(node, references, base)
-            if references.base is not None:
+            if references.base is not None and self._by_number.get(at) is node:
                 self._keep(at, base)
         return base
 
@@ -158,8 +158,3 @@ def _ranges(text: str) -> Iterator[tuple[int, int]]:
     for item in filter(None, text.split(",")):
         low, _, high = item.partition("-")
         yield int(low), int(high or low)
-
-
-def _number_of(node: SpanNode) -> int:
-    number: Any = node.attributes.get(semconv.INPUT_REQUEST, 0)
-    return int(number)

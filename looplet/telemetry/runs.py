@@ -67,12 +67,12 @@ class RunView:
     def segments(self) -> list[SpanNode]:
         """Return the spans of the run's segments, oldest first: more than one when it was paused and went on."""
         nodes = self._looplets_own or (self.spans if self.is_ours else ())
-        roots = [node for node in nodes if node.kind == semconv.INVOKE_AGENT]
+        roots = [node for node in nodes if node.operation == semconv.INVOKE_AGENT]
         roots.sort(key=lambda node: (node.attributes.get(semconv.SEGMENT_NUMBER, 1), node.record.start_ns))
         return roots or [self._foreign_root()]
 
     def _foreign_root(self) -> SpanNode:
-        agents = (node for node in self.spans if node.kind == semconv.INVOKE_AGENT)
+        agents = (node for node in self.spans if node.operation == semconv.INVOKE_AGENT)
         return next(agents, None) or next((n for n in self.spans if n.parent is None), self.spans[0])
 
     @property

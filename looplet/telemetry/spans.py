@@ -22,7 +22,8 @@ from looplet.telemetry import semconv
 from looplet.telemetry.recorder import RecordedSpan, Recorder, count_drop, describe, error_name
 from looplet.types import Reply, ToolCall, ToolResult, Usage
 
-NORMAL_ENDINGS: Final = frozenset({"closed_by_caller"})
+DROPPED: Final = "closed_by_caller"
+NORMAL_ENDINGS: Final = frozenset({DROPPED})
 """reasons for leaving early that are no failure"""
 
 
@@ -239,10 +240,11 @@ class Phase:
             self._trace.observe(self._phase_end(ended))
 
     def _left_by(self, error: BaseException) -> None:
-        if isinstance(error, Closing):
-            self._error_type = None if error.reason in NORMAL_ENDINGS else error.reason
+        if isinstance(error, (Closing, GeneratorExit)):  # the collector closes a generator whose run was dropped
+            reason = error.reason if isinstance(error, Closing) else DROPPED
+            self._error_type = None if reason in NORMAL_ENDINGS else reason
             if self._span is not None:
-                _mark_left(self._span, error.reason)
+                _mark_left(self._span, reason)
         elif isinstance(error, Exception):
             if id(error) != self._told:
                 self.fail_with(error)

@@ -106,7 +106,7 @@ class ToldSteps:
     # --- steps told by their spans ----------------------------------------------------------------------------------
 
     def _of_spans(self) -> Iterator[ToldStep]:
-        for place, node in enumerate([n for n in self._nodes if n.kind == semconv.EXECUTE_TOOL], 1):
+        for place, node in enumerate([n for n in self._nodes if n.operation == semconv.EXECUTE_TOOL], 1):
             if self._is_ours and not node.attributes.keys() & _ENDED:
                 continue  # nothing says what the call came to
             call = self._call_of(node)
@@ -122,7 +122,7 @@ class ToldSteps:
 
     def _end_of_turn(self, node: SpanNode, at: Moment) -> Moment:
         """Return when the turn of a call ended; steps that it did not come to in order are made there."""
-        turn = next((above for above in node.ancestors() if above.kind == semconv.TURN), node)
+        turn = next((above for above in node.ancestors() if above.operation == semconv.TURN), node)
         return max(at, self._at(turn, turn.record.end_ns))
 
     @cached_property
@@ -130,7 +130,7 @@ class ToldSteps:
         """Segment and turn → its `looplet.post_dispatch` spans, oldest first: one for each batch of calls."""
         found: dict[tuple[int, int], list[SpanNode]] = defaultdict(list)
         for node in self._nodes:
-            if node.kind == semconv.POST_DISPATCH:
+            if node.operation == semconv.POST_DISPATCH:
                 found[self._segment_of(node), node.turn_number].append(node)
         return found
 
