@@ -8,8 +8,9 @@ Names are loaded when they are first used: importing looplet costs next to nothi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from looplet._lazy import lazy
 from looplet._version import __version__
 
 if TYPE_CHECKING:  # `as` makes them public for type checkers, too
@@ -165,22 +166,9 @@ _HOMES = {
     "tools": ("BaseToolRegistry", "ToolContext", "ToolSpec", "register_done_tool", "tool", "tools_from"),
     "types": ("Delta", "Reply", "Step", "ToolCall", "ToolResult", "Usage"),
 }  # fmt: skip
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_NAMES, __getattr__ = lazy(__name__, _HOMES)
 
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604 - strings, all of them
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        from looplet.errors import did_you_mean
-
-        raise AttributeError(f"module 'looplet' has no attribute {name!r}{did_you_mean(name, _HOME_OF)}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"looplet.{home}"), name)
-    globals()[name] = value
-    return value
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604 - strings, all of them
 
 
 def __dir__() -> list[str]:

@@ -70,4 +70,7 @@ class EventPayload:
 
 def slot(event: LifecycleEvent) -> str:
     """Return under which name the hooks of an event are kept, and what spans call the method."""
-    return f"on_event({event})"
+    return _SLOTS[event]
+
+
+_SLOTS: Final = {event: f"on_event({event})" for event in LifecycleEvent}

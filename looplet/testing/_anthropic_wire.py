@@ -10,7 +10,8 @@ from hashlib import sha256
 from typing import Any
 
 from looplet.testing._answers import Answer, ChatRequest, Fault, PolicyAnswer, as_answer, call_of
-from looplet.testing._serving import Response, encode, pieces
+from looplet.testing._pieces import pieces
+from looplet.testing._serving import Response, encode
 from looplet.types import Usage
 
 Block = dict[str, Any]

@@ -302,9 +302,3 @@ def text_of(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-
-
-def pieces(text: str) -> list[str]:
-    """Return a text in the pieces, four at most, in which a stream brings it."""
-    size = max(1, -(-len(text) // 4))
-    return [text[start : start + size] for start in range(0, len(text), size)]

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from looplet.testing._answers import Answer, ChatRequest, Fault, PolicyAnswer, as_answer, call_of
-from looplet.testing._serving import Response, encode, pieces, text_of
+from looplet.testing._pieces import pieces
+from looplet.testing._serving import Response, encode, text_of
 from looplet.types import Usage
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from looplet.errors import BackendError, LoopletError
 from looplet.messages import Message
-from looplet.testing._serving import pieces
+from looplet.testing._pieces import pieces
 from looplet.types import Delta, Reply, ToolCall, Usage
 
 Scripted: TypeAlias = "Reply | ToolCall | Sequence[ToolCall] | tuple[str, dict[str, Any]] | str | Exception | Cut"
