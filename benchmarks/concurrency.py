@@ -31,6 +31,7 @@ from typing import Any, Final
 import click
 import openai
 from billing import AGENT, MODEL, PRICED_AT, Bill, Provider, nano_usd
+from memory import resident_bytes
 
 from looplet import (
     AsyncOpenAIBackend,
@@ -117,11 +118,6 @@ class Meter:
             self.threads = max(self.threads, threading.active_count())
 
 
-def resident_bytes() -> int:
-    """Return how much memory the process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 @dataclass
 class Crowd:
     """Many runs, and everything that tells of them."""
@@ -196,7 +192,9 @@ async def _bare_run(client: openai.AsyncOpenAI, name: str) -> None:
     said = [Message.of_text("system", AGENT), Message.of_text("user", f"name: {name}")]
     schemas = tools_from([echo], include_done=True).tool_schemas()
     for turn in range(1, TURNS + 1):
-        answer = await client.chat.completions.create(**request_of(said, model=MODEL, tools=schemas, tool_choice="auto"))
+        answer = await client.chat.completions.create(
+            **request_of(said, model=MODEL, tools=schemas, tool_choice="auto")
+        )
         reply = reply_of(answer)
         said += [Message.of_reply(reply), Message.of_result(reply.tool_calls[0].call_id, f"{name} {turn}")]
 

@@ -1,12 +1,12 @@
 """One very long run in which everything goes wrong now and then: does it stay small, fast, and honest about money?
 
-    money      the chat spans of the file, the totals on the run's span, the router's counters, the steps, the stream
-               and the provider's own bill say the same, to the token and to the billionth of a dollar
-    spans      every span ended once and none is missing; each sub-agent's run hangs below the call that started it
-    requests   every request can be read back from the file, and has its hash
-    tools      no call ran more often than the tool was declared to bear
-    memory     a turn of the last quarter leaves no more behind than one of the second: the steps, which a run keeps
-    time       a turn of the last quarter takes no more CPU than one of the second
+money      the chat spans of the file, the totals on the run's span, the router's counters, the steps, the stream
+           and the provider's own bill say the same, to the token and to the billionth of a dollar
+spans      every span ended once and none is missing; each sub-agent's run hangs below the call that started it
+requests   every request can be read back from the file, and has its hash
+tools      no call ran more often than the tool was declared to bear
+memory     a turn of the last quarter leaves no more behind than one of the second: the steps, which a run keeps
+time       a turn of the last quarter takes no more CPU than one of the second
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import click
 from billing import AGENT, MODEL, PRICED_AT, Bill, Provider, nano_usd
+from memory import resident_bytes
 from soak_tools import HELPERS, Tally, attempts_of, make_tools
 
 from looplet import (
@@ -90,7 +91,7 @@ class Watch:
             self.memory.append(tracemalloc.get_traced_memory()[0])
             self.snapshots.append(tracemalloc.take_snapshot())
         else:
-            self.memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+            self.memory.append(resident_bytes())
 
     def per_turn(self, clock: Any) -> list[float]:
         """Return the milliseconds that a turn took, in each quarter."""
@@ -117,8 +118,8 @@ class Soak:
     folder: Path
 
 
-def soak(turns: int, folder: Path, *, is_async: bool = False) -> Soak:
-    """Make the run, to its end."""
+def soak(turns: int, folder: Path, *, is_async: bool = False, **more: Any) -> Soak:
+    """Make the run, to its end; `more`: further arguments of the loop."""
     tally, helped, watch = Tally(turns), Tally(turns), Watch(turns)
     with Provider("soak", turns=turns) as provider:
         backend = (AsyncOpenAIBackend if is_async else OpenAIBackend)(base_url=provider.base_url, model=MODEL)
@@ -136,6 +137,7 @@ def soak(turns: int, folder: Path, *, is_async: bool = False) -> Soak:
                 system_prompt=AGENT,
             ),
             stream=watch,
+            **more,
         )
         if is_async:
             asyncio.run(_finish(run, backend))
@@ -182,7 +184,9 @@ def books(done: Soak, trace: Trace) -> dict[str, dict[str, int]]:
     return {
         "bill": {"input": charged["input"], "output": charged["output"], "nano_usd": nano_usd(charged)},
         "spans": _book(spans.input_tokens, spans.output_tokens, spans.cost_usd),
-        "root": _book(*(root[n] for n in (semconv.TOTAL_INPUT_TOKENS, semconv.TOTAL_OUTPUT_TOKENS, semconv.TOTAL_COST_USD))),
+        "root": _book(
+            *(root[n] for n in (semconv.TOTAL_INPUT_TOKENS, semconv.TOTAL_OUTPUT_TOKENS, semconv.TOTAL_COST_USD))
+        ),
         "router": _book(router.total_input_tokens, router.total_output_tokens, router.total_cost_usd),
     }
 
@@ -212,7 +216,7 @@ def _problems_of_money(done: Soak, trace: Trace) -> Iterator[str]:
         yield f"{cached} cached tokens in the file, {done.bill.tokens['cached']} on the bill"
     chats = trace.find(semconv.CHAT + " *", where=lambda chat: not chat.is_error)
     if done.router.total_calls != len(chats):
-        yield f"the router counted {done.router.total_calls} calls, and {len(chats)} chat spans in the file have an answer"
+        yield f"the router counted {done.router.total_calls} calls, and {len(chats)} chat spans are no error"
 
 
 def _problems_of_spans(done: Soak, trace: Trace) -> Iterator[str]:
@@ -286,7 +290,11 @@ def _problems_of_growth(done: Soak) -> Iterator[str]:
 def report(done: Soak) -> dict[str, Any]:
     """Return what was measured as one JSON-like value."""
     trace = Trace.load(done.folder)
-    kept, cpu, wall = done.watch.kept_per_turn(), done.watch.per_turn(done.watch.cpu), done.watch.per_turn(done.watch.wall)
+    kept, cpu, wall = (
+        done.watch.kept_per_turn(),
+        done.watch.per_turn(done.watch.cpu),
+        done.watch.per_turn(done.watch.wall),
+    )
     steps = len(done.run.state.steps)
     compactions = Counter(node.attributes[semconv.COMPACT_REASON] for node in trace.find(semconv.COMPACT))
     return {

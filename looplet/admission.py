@@ -36,6 +36,8 @@ class Pending:
     rejected: bool = False
     waits: bool = False
     """a human has to decide, and the run pauses for it"""
+    question: str | None = None
+    """what a gate wants a human to be asked, empty for a question of our own"""
     verdict: Verdict | None = None
     """what a human has decided"""
     recorded: ToolResult | None = None
@@ -55,14 +57,8 @@ def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effe
     """
     with turn.phase(semconv.PRE_DISPATCH) as phase:
         for item in pending:
-            _name_arguments(run, item)
-            _check_verdict(run, phase, item)
-            yield from _admit(run, phase, item)
-            yield from _permit(run, phase, item)
-            if item.result is None:
-                _validate(run, item)
-            if item.result is not None:
-                phase.note(tool_call=item.call, tool_result=item.result, step_number=item.number)
+            yield from _decide(run, phase, item)
+        _withdraw_questions(run, pending)
         phase.note(answered=tuple((item.call, item.result) for item in pending if item.result is not None))
     if not run.requests:
         return pending
@@ -88,6 +84,30 @@ def check_done(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effect
                     break
 
 
+def _decide(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
+    _name_arguments(run, item)
+    _check_verdict(run, phase, item)
+    yield from _admit(run, phase, item)
+    yield from _permit(run, phase, item)
+    if item.result is None and (item.question is not None or item.verdict is not None):
+        yield from _ask_human(run, phase, item, item.question or "")
+    if item.result is None:
+        _validate(run, item)
+    if item.result is not None:
+        phase.note(tool_call=item.call, tool_result=item.result, step_number=item.number)
+
+
+def _withdraw_questions(run: RunScope, pending: Sequence[Pending]) -> None:
+    """Have nobody wait for a human in a run that a hook has ended meanwhile."""
+    if run.stop is None:
+        return
+    run.requests.clear()
+    for item in pending:
+        if item.waits:
+            item.waits = False
+            _refuse_stopped(run, item)
+
+
 def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
     if run.stop is not None:  # said about a neighbour in the same batch
         _refuse_stopped(run, item)
@@ -95,21 +115,21 @@ def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
     for bound in run.hooks.of("pre_dispatch"):
         if item.result is None:
             decision = yield from consult(run, phase, bound, run.state, run.session_log, item.call, item.number)
-            yield from _take(run, phase, item, decision)
+            _take(run, item, decision)
     for bound in run.hooks.of(slot(LifecycleEvent.PRE_TOOL_USE)):
         if item.result is None:
             told = payload(run, LifecycleEvent.PRE_TOOL_USE, step_num=item.number, tool_call=item.call)
-            yield from _take(run, phase, item, (yield from consult(run, phase, bound, told)))
+            _take(run, item, (yield from consult(run, phase, bound, told)))
 
 
 def _permit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
     for bound in run.hooks.of("check_permission"):
         if item.result is None:
             decision = yield from consult(run, phase, bound, item.call, run.state)
-            yield from _take(run, phase, item, decision)
+            _take(run, item, decision)
 
 
-def _take(run: RunScope, phase: Phase, item: Pending, decision: HookDecision) -> Effects[None]:
+def _take(run: RunScope, item: Pending, decision: HookDecision) -> None:
     """Let a hook's decision about a call count."""
     if decision.updated_args is not None:
         item.call = replace(item.call, args=decision.updated_args)
@@ -119,30 +139,31 @@ def _take(run: RunScope, phase: Phase, item: Pending, decision: HookDecision) ->
         _deny(run, item, decision.block, decision.retry)
     elif decision.stop is not None:
         _refuse_stopped(run, item)
-    elif decision.is_ask() and not item.waits:
-        yield from _ask_human(run, phase, item, decision.block or "")
+    elif decision.is_ask() and item.question is None:
+        item.question = decision.block or ""
 
 
 def _check_verdict(run: RunScope, phase: Phase, item: Pending) -> None:
     """Refuse a call that a human has refused."""
-    item.verdict = run.verdicts.get(item.call.call_id)
+    item.verdict = run.verdicts.pop(item.call.call_id, None)
     if item.verdict is not None and item.verdict.denies:
         _tell_answer(run, phase, item, item.verdict.answer)
         _deny(run, item, item.verdict.reason or "a human refused it", False)
 
 
 def _ask_human(run: RunScope, phase: Phase, item: Pending, question: str) -> Effects[None]:
-    """Get an answer: the verdict at hand, the handler's, or a later one; without anybody to ask, it is no."""
+    """Get an answer: the verdict at hand, the handler's, or a later one; without anybody to ask, it is no.
+
+    Asked is once, when all hooks have had their say: what a human sees is what will run.
+    """
     _validate(run, item)  # nobody is asked about a call that cannot run
     if item.result is not None:
         return
-    request = request_of(item, question)
-    if item.verdict is not None and item.verdict.arguments_sha256 in ("", request.arguments_sha256):
+    request = request_of(run, item, question)
+    if item.verdict is not None and item.verdict.arguments_sha256 == request.arguments_sha256:
         _tell_answer(run, phase, item, item.verdict.answer)
         return
-    told = {semconv.TOOL_NAME: item.call.tool, semconv.TOOL_CALL_ID: item.call.call_id}
-    told |= {semconv.ARGUMENTS_SHA256: request.arguments_sha256, semconv.APPROVAL_QUESTION: request.description}
-    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
+    tell_request(run, phase, request)
     if run.config.approval_handler is not None:
         yield from _ask_handler(run, phase, item, request)
     elif run.approvers:
@@ -169,13 +190,23 @@ def _ask_handler(run: RunScope, phase: Phase, item: Pending, request: ApprovalRe
 
 
 def request_of(
-    item: Pending, question: str, options: Sequence[str] = OPTIONS, has_run: bool = False
+    run: RunScope, item: Pending, question: str, options: Sequence[str] = OPTIONS, has_run: bool = False
 ) -> ApprovalRequest:
     """Return the question about a call."""
     call = item.call
     words = question or f"Run {call.tool}({summarize_args(call.args)})?"
     sha256 = attributes.hash_arguments(call)
-    return ApprovalRequest(item.number, call.tool, words, tuple(options), call.call_id, call.args, sha256, has_run)
+    named = call.tool, words, tuple(options), call.call_id
+    return ApprovalRequest(item.number, *named, call.args, sha256, has_run, run.run_id)
+
+
+def tell_request(run: RunScope, phase: Phase, request: ApprovalRequest) -> None:
+    """Record that a human has to decide; what it is about may be what a rewriting hook has not seen yet."""
+    told = {semconv.TOOL_NAME: request.tool, semconv.TOOL_CALL_ID: request.call_id}
+    told[semconv.ARGUMENTS_SHA256] = request.arguments_sha256
+    if not run.trace.withhold_results:
+        told[semconv.APPROVAL_QUESTION] = request.description
+    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
 
 
 def _tell_answer(run: RunScope, phase: Phase, item: Pending, answer: str) -> None:

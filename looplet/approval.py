@@ -32,6 +32,8 @@ class Verdict:
     arguments_sha256: str = ""
     reason: str = ""
     """told to the model"""
+    run_id: str = ""
+    """of the run that asked; with it, the verdict holds for that run and no other"""
 
     @property
     def denies(self) -> bool:
@@ -54,10 +56,11 @@ class ApprovalRequest:
     arguments_sha256: str = ""
     has_run: bool = False
     """the tool was called and asked by itself; it is called again with the answer"""
+    run_id: str = ""
 
     def answer(self, answer: str, reason: str = "") -> Verdict:
-        """Return an answer that holds for this call with these arguments."""
-        return Verdict(answer, self.call_id, self.arguments_sha256, reason)
+        """Return an answer that holds for this call of this run with these arguments."""
+        return Verdict(answer, self.call_id, self.arguments_sha256, reason, self.run_id)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-like dict; `from_dict` is the inverse."""
@@ -89,7 +92,7 @@ Verdicts: TypeAlias = "str | bool | Verdict | Mapping[str, Any] | Sequence[Verdi
 
 
 def verdicts_of(requests: Sequence[ApprovalRequest], verdict: Verdicts | None) -> dict[str, Verdict]:
-    """Return the answer to each request, by call id.
+    """Return the answer to each request, by call id; it holds for the arguments that were shown.
 
     `verdict`: one of the options or a Verdict for a single request, `{call_id: answer}` or a list of Verdicts for
     several.  Raises ConfigError for what is missing, unknown, or said about other arguments.
@@ -100,9 +103,7 @@ def verdicts_of(requests: Sequence[ApprovalRequest], verdict: Verdicts | None) -
         raise ConfigError(f"verdict for call {strange[0]!r}, but the run waits for {_listed(requests)}")
     if missing := [request for request in requests if request.call_id not in given]:
         raise ConfigError(f"verdict= is missing for {_listed(missing)}: {{'{missing[0].call_id}': 'approve'}}")
-    for call_id, answer in given.items():
-        _check(known[call_id], answer)
-    return given
+    return {call_id: _checked(known[call_id], answer) for call_id, answer in given.items()}
 
 
 def _by_call(requests: Sequence[ApprovalRequest], verdict: Verdicts | None) -> dict[str, Verdict]:
@@ -132,11 +133,15 @@ def _one(answer: Any) -> Verdict:
     raise ConfigError(f"a verdict is one of the request's options, True or False, not {answer!r:.60}")
 
 
-def _check(request: ApprovalRequest, verdict: Verdict) -> None:
+def _checked(request: ApprovalRequest, verdict: Verdict) -> Verdict:
+    """Return the verdict, bound to the call and the arguments that were shown."""
     if verdict.answer not in request.options:
         raise ConfigError(f"verdict {verdict.answer!r} is none of {', '.join(map(repr, request.options))}")
     if verdict.arguments_sha256 not in ("", request.arguments_sha256):
         raise ConfigError(f"the verdict on {request.call_id!r} was given for other arguments than the run waits with")
+    if verdict.run_id not in ("", request.run_id):
+        raise ConfigError(f"the verdict on {request.call_id!r} was given for run {verdict.run_id}")
+    return request.answer(verdict.answer, verdict.reason)
 
 
 def _listed(requests: Sequence[ApprovalRequest]) -> str:

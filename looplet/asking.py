@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Final
 
 from looplet.compacting import compact, compact_if_due
-from looplet.compaction import OVERFLOW
+from looplet.compaction import OVERFLOW, CompactOutcome
 from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, ToolError, words_of
-from looplet.events import LifecycleEvent
+from looplet.events import LifecycleEvent, slot
 from looplet.memory import refresh_memory
 from looplet.message_log import LoggedRequest
 from looplet.messages import Message, clean_part
@@ -47,6 +47,7 @@ CUT_CALL: Final = "your reply was cut off at the output limit, in the middle of 
 def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     """Return the messages to send, after every hook had its say."""
     with turn.phase(semconv.PRE_PROMPT) as phase:
+        run.briefed = []
         yield from refresh_memory(run, phase)
         yield from compact_if_due(run, phase)
         rewritten: Sequence[Message] | None = None
@@ -60,17 +61,20 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
             yield from consult_raw(run, phase, bound, ask, partial(_take, run, prompt, taken))
             if taken:
                 _place_task(run, prompt)
-                rewritten, run.briefing = taken[0], []
+                rewritten = taken[0]
+                _take_briefing(run)
         if rewritten is not None:
             run.rewrites = run.trace.withhold_results = True
             phase.put({semconv.REQUEST_REWRITTEN: True})
-        yield from announce(run, phase, LifecycleEvent.PRE_LLM_CALL)
-        messages, run.briefing = _request(run, rewritten), []
+        if run.hooks.of(slot(LifecycleEvent.PRE_LLM_CALL)):
+            yield from announce(run, phase, LifecycleEvent.PRE_LLM_CALL, prompt=_new_text(run, rewritten))
+        messages = _request(run, rewritten)
+        _take_briefing(run)
         return messages
 
 
-def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Answer]:
-    """Send the messages and return what the model answered, or why it did not.
+def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Answer | None]:
+    """Send the messages and return what the model answered, or why it did not; None when a hook stopped the run.
 
     A request that is too long is made shorter and sent once more; an answer that the output limit cut is continued.
     """
@@ -78,22 +82,34 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
         try:
             answer = yield from _ask(run, turn, messages)
         except ContextOverflow as error:
-            answer = yield from _ask_shorter(run, turn, error)
-        for number in range(run.config.max_turn_continuations):
-            if not answer.is_cut:
-                break
-            turn.event(semconv.EVENT_CONTINUATION, {semconv.ATTEMPT: number + 1})
-            said = Message.of_text("assistant", answer.reply.text)
-            more = [*messages, said, Message.of_text("user", CONTINUE)]
-            answer = yield from _ask(run, turn, more, before=answer.reply.text)
-        if answer.is_cut:
-            _count_parse_failure(run, turn)
+            outcome = yield from _shorten(run, turn, error)
+            messages = yield from pre_prompt(run, turn)
+            if run.stop is not None:
+                return None
+            answer = yield from _ask_again(run, turn, messages, outcome)
+        return (yield from _continue(run, turn, messages, answer))
     except BudgetExhausted as error:
         run.exhaust(error.limit)
         return Answer(Reply(), error=error)
     except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
         run.say_stop("llm_error")
         return Answer(Reply(), error=error)
+
+
+def _continue(run: RunScope, turn: Phase, messages: Sequence[Message], answer: Answer) -> Effects[Answer]:
+    """Have the model go on where the output limit cut it."""
+    for number in range(run.config.max_turn_continuations):
+        if not answer.is_cut:
+            break
+        turn.event(semconv.EVENT_CONTINUATION, {semconv.ATTEMPT: number + 1})
+        said = Message.of_text("assistant", answer.reply.text)
+        more = [*messages, said, Message.of_text("user", CONTINUE)]
+        try:
+            answer = yield from _ask(run, turn, more, before=answer.reply.text)
+        except ContextOverflow:  # the next turn begins with a shorter conversation
+            break
+    if answer.is_cut:
+        _count_parse_failure(run, turn)
     return answer
 
 
@@ -106,14 +122,22 @@ def _ask(run: RunScope, turn: Phase, messages: Sequence[Message], before: str = 
     return (yield from ask(run, turn, request, partial(_read, run, before), late))
 
 
-def _ask_shorter(run: RunScope, turn: Phase, error: ContextOverflow) -> Effects[Answer]:
-    """Make the conversation shorter and ask again, once; raises ContextOverflow that says what was tried."""
+def _shorten(run: RunScope, turn: Phase, error: ContextOverflow) -> Effects[CompactOutcome]:
+    """Make the conversation shorter; raises ContextOverflow when that cannot be done.
+
+    What hooks had to say in the request that was refused, they say in the next one, too.
+    """
     outcome = yield from compact(run, turn, OVERFLOW)
     if outcome is None or not outcome.compacted:
         raise ContextOverflow(
             f"{error}; compaction could not make the conversation shorter", status=error.status
         ) from error
-    messages = yield from pre_prompt(run, turn)
+    run.briefing = [*run.briefed, *run.briefing]
+    return outcome
+
+
+def _ask_again(run: RunScope, turn: Phase, messages: Sequence[Message], outcome: CompactOutcome) -> Effects[Answer]:
+    """Ask with a request that was made shorter; raises ContextOverflow that says what was tried."""
     try:
         return (yield from _ask(run, turn, messages))
     except ContextOverflow as again:
@@ -133,9 +157,9 @@ def remember(run: RunScope, answer: Answer) -> None:
         run.conversation.append(Message.of_text("assistant", reply.text), clean=True)
 
 
-def facts_of(answer: Answer) -> dict[str, Any]:
+def facts_of(run: RunScope, answer: Answer) -> dict[str, Any]:
     """Return what hooks are told of an answer."""
-    return {"raw_response": answer.reply.text, "usage": answer.reply.usage}
+    return {"prompt": run.turn_prompt, "raw_response": answer.reply.text, "usage": answer.reply.usage}
 
 
 def error_step(run: RunScope, answer: Answer) -> Step:
@@ -159,6 +183,13 @@ def _request(run: RunScope, rewritten: Sequence[Message] | None) -> Sequence[Mes
     return [*rewritten, *_briefing(run.briefing)]
 
 
+def _new_text(run: RunScope, rewritten: Sequence[Message] | None) -> str:
+    """Return the text of what the request at hand has more than the last one, all of it where hooks rewrite."""
+    is_longer = not run.rewrites and run.logged_edits == run.conversation.edits
+    first = run.logged_prefix if is_longer else 0
+    return render(_request(run, rewritten)[first:], first)
+
+
 def _prompt(run: RunScope, rewritten: Sequence[Message] | None) -> Prompt:
     request = _request(run, rewritten)
     if rewritten is not None:
@@ -174,7 +205,13 @@ def _place_task(run: RunScope, prompt: Prompt) -> None:
 
 
 def _briefing(texts: Sequence[str]) -> tuple[Message, ...]:
-    return (Message.of_text("user", "\n\n".join(texts)),) if texts else ()
+    return (Message.of_text("user", "\n\n".join(dict.fromkeys(texts))),) if texts else ()
+
+
+def _take_briefing(run: RunScope) -> None:
+    """Note that the request at hand says what hooks have said so far."""
+    run.briefed += run.briefing
+    run.briefing = []
 
 
 def _take(run: RunScope, prompt: Prompt, taken: list[Sequence[Message]], value: Any) -> bool:

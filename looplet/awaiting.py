@@ -50,6 +50,12 @@ async def _outcome(value: Awaitable[Any]) -> Outcome:
         return None, error
 
 
+def cancel_task(task: asyncio.Task[Outcome]) -> None:
+    """Cancel a task, if its event loop is still there to hear of it."""
+    with suppress(RuntimeError):
+        task.cancel()
+
+
 def outcome_of(task: asyncio.Task[Outcome]) -> Outcome:
     """Return what came of a task that is done."""
     import asyncio
@@ -110,7 +116,7 @@ async def awaited(value: Awaitable[Any], variables: ContextVars, timeout_s: floa
     try:
         finished, _ = await asyncio.wait({task}, timeout=timeout_s)
     except BaseException:
-        task.cancel()
+        cancel_task(task)
         raise
     if not finished:
         task.cancel()

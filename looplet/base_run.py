@@ -102,6 +102,8 @@ class BaseRun(Generic[ExecutorT]):
         if self._driving:
             raise ConfigError("this run is being iterated already; one step at a time")
         if not self._started:
+            if self._scope.claim is not None:
+                self._scope.claim()
             self._started = True
             _open_runs[id(self)] = weakref.ref(self)
         self._thread = threading.get_ident()

@@ -109,7 +109,8 @@ def _is_refused(run: RunScope, phase: Phase, messages: int) -> Effects[bool]:
 
 def _ask(run: RunScope, phase: Phase, service: Any, reason: str) -> Effects[Any]:
     is_async = inspect.iscoroutinefunction(service.compact)
-    llm = None if _is_withheld(run) else handle_of(run, phase, PURPOSE, is_async=is_async)
+    token = run.cancel_token.child()
+    llm = None if _is_withheld(run) else handle_of(run, phase, PURPOSE, is_async=is_async, token=token)
     ask = partial(
         service.compact,
         state=run.state,
@@ -119,7 +120,11 @@ def _ask(run: RunScope, phase: Phase, service: Any, reason: str) -> Effects[Any]
         step_num=len(run.state.steps) + 1,
         reason=reason,
     )
-    return (yield from phase.call(ask, INLINE if is_async else SERIAL))
+    try:
+        return (yield from phase.call(ask, INLINE if is_async else SERIAL))
+    except BaseException:
+        token.cancel()  # it may be at work in its thread still
+        raise
 
 
 def _is_withheld(run: RunScope) -> bool:

@@ -101,7 +101,7 @@ class PruneToolResults:
         read = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=0)
         old = [answer for answer in found[: max(0, len(found) - self.keep_recent)] if answer.at < read]
         if self.compactable_tools is not None:
-            names = {step.tool_call.call_id: step.tool_call.tool for step in getattr(state, "steps", ())}
+            names = _tools_of({answer.call_id for answer in old if not answer.tool}, state)
             old = [a for a in old if (a.tool or names.get(a.call_id)) in self.compactable_tools]
         places = {(answer.at, answer.part) for answer in old}
         return _edit(conversation, with_responses(messages, self._cleared, places), reason, self)
@@ -321,6 +321,17 @@ async def _drive_later(plan: _Plan, value: Any) -> CompactOutcome | None:
         except StopIteration as stop:
             outcome: CompactOutcome | None = stop.value
             return outcome
+
+
+def _tools_of(call_ids: set[str], state: Any) -> dict[str, str]:
+    """Return the tools of these calls, as the latest steps tell; the steps before them are not looked at."""
+    found: dict[str, str] = {}
+    for step in reversed(getattr(state, "steps", ())):
+        if len(found) == len(call_ids):
+            break
+        if step.tool_call.call_id in call_ids:
+            found[step.tool_call.call_id] = step.tool_call.tool
+    return found
 
 
 def _quoted(message: Message) -> Message:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from looplet.admission import Pending, check_done, pre_dispatch, request_of
+from looplet.admission import Pending, check_done, pre_dispatch, request_of, tell_request
 from looplet.approval import OPTIONS, WAITING
 from looplet.clipping import clip_result
 from looplet.decisions import HookDecision
@@ -84,7 +84,7 @@ def post_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Eff
     steps, entities = [], 0
     with turn.phase(semconv.POST_DISPATCH) as phase:
         for item in pending:
-            if _ends(run, item):
+            if _ends(run, item) and not _asks(run, item):
                 run.stop = "done"
                 yield from announce(run, phase, LifecycleEvent.DONE_ACCEPTED, **_facts(item))
             if not item.rejected:
@@ -144,17 +144,21 @@ def _facts(item: Pending) -> dict[str, Any]:
 
 def _note_request(run: RunScope, phase: Phase, item: Pending) -> None:
     """Pause the run where the tool itself said that a human has to approve."""
-    data = item.result.data if item.result is not None else None
-    if not run.approvers or not isinstance(data, dict) or not data.get("needs_approval"):
+    if not _asks(run, item):
         return
-    options = data.get("approval_options") or OPTIONS
-    question = str(data.get("approval_description") or "")
-    request = request_of(item, question, [str(option) for option in options], has_run=True)
-    told = {semconv.TOOL_NAME: item.call.tool, semconv.TOOL_CALL_ID: item.call.call_id}
-    told |= {semconv.ARGUMENTS_SHA256: request.arguments_sha256, semconv.APPROVAL_QUESTION: request.description}
-    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
+    assert item.result is not None
+    told, options = item.result.data, item.result.data.get("approval_options")
+    named = [str(option) for option in options] if isinstance(options, list) else []
+    question = str(told.get("approval_description") or "")
+    request = request_of(run, item, question, named or OPTIONS, has_run=True)
+    tell_request(run, phase, request)
     run.requests.append(request)
     run.say_stop(WAITING)
+
+
+def _asks(run: RunScope, item: Pending) -> bool:
+    data = item.result.data if item.result is not None else None
+    return bool(run.approvers) and isinstance(data, dict) and bool(data.get("needs_approval"))
 
 
 def _add_step(run: RunScope, phase: Phase, item: Pending) -> Step:
@@ -211,7 +215,7 @@ def _leave_rest(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> None:
     """
     begun = {step.tool_call.call_id for step in run.state.steps[-len(calls) :]} if calls else set()
     rest = [call for call in calls if call.call_id not in begun]
-    if run.requests:
+    if run.stop == WAITING:
         run.held = rest
     else:
         for call in rest:

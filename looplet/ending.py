@@ -18,8 +18,8 @@ from looplet.messages import encode
 from looplet.models import AGENT
 from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
-from looplet.segments import record_of
-from looplet.state import SessionLog, entry_of
+from looplet.segments import Once, record_of, told_by
+from looplet.state import SessionLog
 from looplet.steering import payload
 from looplet.streaming import RunEndEvent, RunStartEvent
 from looplet.telemetry import attributes, semconv
@@ -117,13 +117,15 @@ def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[B
             thunk = partial(bound.function, run.state, run.session_log, run.context, llm)
             error = yield from _say_goodbye(phase, bound, thunk)
             failure = failure or error
+        if run.ending == WAITING and failure is None:
+            failure = yield from _pause(run, phase)
         if failure is not None and run.ending not in FAILURES:
             run.ending = "error"
+        if run.ending != WAITING:
+            run.requests.clear()
         phase.put({semconv.STOP_REASON: run.ending or ""})
         if (notes := own_notes(run)) is not None:
             phase.put({semconv.SESSION_LOG: notes})
-        if run.ending == WAITING and failure is None:
-            _record_pause(run, phase)
         if failure is not None:
             phase.fail_with(failure)
     if isinstance(failure, Exception):
@@ -133,17 +135,22 @@ def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[B
     return failure
 
 
-def _record_pause(run: RunScope, phase: Phase) -> None:
-    """Write down what the run goes on with.
+def _pause(run: RunScope, phase: Phase) -> Effects[Exception | None]:
+    """Write down what the run goes on with, and say what it waits for; return what a hook raised at that.
 
     Not into the file where a hook rewrites requests: the conversation as it stands has not been rewritten.
     """
-    run.pause = record_of(run)
-    for take in run.approvers:
-        take(run.requests)
+    try:
+        record = record_of(run)
+        for take in run.approvers:
+            yield from phase.call(partial(take, tuple(run.requests)))
+    except Exception as error:  # noqa: BLE001 - hooks, on whose memory and word the next segment would rely
+        return error
+    run.pause, run.once = record, Once()
     if phase.recording and not run.rewrites:
         phase.put(attributes.of_request(run.log.aside(list(run.conversation))))
         phase.put({semconv.PAUSE: encode(run.pause).decode()})
+    return None
 
 
 def _say_goodbye(phase: Phase, bound: BoundMethod, thunk: Callable[[], Any]) -> Effects[Exception | None]:
@@ -190,7 +197,6 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
 
 def own_notes(run: RunScope) -> str | None:
     """Return the session log's text where somebody else wrote into it too: the steps alone do not tell it then."""
-    told = [entry_of(step) for step in run.state.steps if not step.tool_call.tool.startswith("__")]
-    if told == run.session_log.entries and run.session_log.title == SessionLog().title:
+    if told_by(run.state.steps) == run.session_log.entries and run.session_log.title == SessionLog().title:
         return None
     return run.boundary.text(run.session_log.render())

@@ -11,11 +11,13 @@ from opentelemetry.context import set_value
 
 from looplet.admission import Pending
 from looplet.cancel import CANCEL_KEY, CancelToken
+from looplet.decisions import interpret
 from looplet.errors import ErrorKind, ToolError
+from looplet.events import LifecycleEvent, slot
 from looplet.handle import handle_of
 from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout, Closing, Effects, Wait, gather
 from looplet.scope import RunScope
-from looplet.steering import clean_result
+from looplet.steering import clean_result, payload
 from looplet.stream_events import ToolProgressEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.drops import count_drop
@@ -35,7 +37,7 @@ def execute_tools(run: RunScope, above: Phase, items: Sequence[Pending]) -> Effe
     try:
         yield from gather([execute_tool(run, above, item, lane, token) for item in items])
     except BaseException as error:
-        _tell(token, error.reason if isinstance(error, Closing) else "cancelled")
+        _tell(token, _reason_of(error))
         raise
 
 
@@ -83,17 +85,24 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
         context = set_value(CANCEL_KEY, token, phase.context)
         lane = INLINE if spec.is_async else lane
         value = yield Call(spec.bind(item.arguments, ctx), context, lane, spec.timeout_s)
-        return success(call, value, warnings=ctx.warnings)
+        result = success(call, value, warnings=ctx.warnings)
     except CallTimeout:
         _tell(token, "timeout")
         phase.put({semconv.TOOL_ABANDONED: True})
         words = f"TimeoutError: no answer within {spec.timeout_s:g} s; the call was abandoned"
         error = ToolError(words, kind=ErrorKind.TIMEOUT, retriable=True)
-        return failure(call, error, warnings=ctx.warnings)
+        result = failure(call, error, warnings=ctx.warnings)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
-        return failure(call, to_tool_error(error), warnings=ctx.warnings)
-    finally:
-        token.forget()  # the caller's token may live for ever
+        result = failure(call, to_tool_error(error), warnings=ctx.warnings)
+    except BaseException as error:
+        _tell(token, _reason_of(error))
+        raise
+    token.forget()  # the caller's token may live for ever
+    return result
+
+
+def _reason_of(error: BaseException) -> str:
+    return error.reason if isinstance(error, Closing) else "cancelled"
 
 
 def _tell(token: CancelToken, reason: str) -> None:
@@ -111,14 +120,14 @@ def _tool_context(run: RunScope, phase: Phase, item: Pending, token: CancelToken
         on_progress=partial(_report_progress, run, phase, item, token),
         session_id=run.run_id,
         metadata={**run.config.tool_metadata, **getattr(run.state, "metadata", {})},
-        llm=handle_of(run, phase, "tool", is_async=spec.is_async),
+        llm=handle_of(run, phase, "tool", is_async=spec.is_async, token=token),
         request_approval=item.approver(run.config.approval_handler),
         resources=run.tools.needed(spec),
     )
 
 
 def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelToken, stage: str, data: Any) -> None:
-    if token.is_cancelled:  # nobody waits for this call any more
+    if token.is_cancelled or run.trace.recorder.closed:  # nobody waits for this call any more
         return
     stage, data = run.boundary.text(str(stage)), run.boundary.clean(data)
     told = {semconv.PROGRESS_STAGE: stage, semconv.PROGRESS_DATA: data}
@@ -126,6 +135,10 @@ def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelTo
     if run.stream:
         event = ToolProgressEvent(run.run_id, step=item.number, call_id=item.call.call_id, stage=stage, data=data)
         run.stream.emit(event)
+    facts = {"step_num": item.number, "tool_call": item.call, "extra": {"stage": stage, "data": data}}
+    for bound in run.hooks.of(slot(LifecycleEvent.TOOL_PROGRESS)):  # in the tool's own thread, where nobody can steer
+        told_hook = partial(bound.function, payload(run, LifecycleEvent.TOOL_PROGRESS, **facts))
+        run.trace.tell(bound.function, told_hook, partial(interpret, hook=bound.hook, method=bound.method))
 
 
 def _record_retry(run: RunScope, phase: Phase, attempt: int, error: ToolError, delay_s: float) -> None:

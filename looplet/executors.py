@@ -20,6 +20,7 @@ from looplet.awaiting import (
     Outcome,
     PrivateLoop,
     awaited,
+    cancel_task,
     discard,
     is_awaitable,
     job_done,
@@ -224,7 +225,7 @@ class AsyncExecutor:
             await asyncio.wait(tasks)
         except BaseException as error:
             for task in tasks:
-                task.cancel()
+                cancel_task(task)
             if not isinstance(error, GeneratorExit):  # being closed, nothing can be awaited any more
                 await asyncio.wait(tasks)
             raise

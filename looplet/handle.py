@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from looplet.backends.candidates import Candidate, candidates
-from looplet.errors import ConfigError, ToolError
+from looplet.cancel import CancelToken
+from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.executors import AsyncExecutor, SyncExecutor
 from looplet.messages import Message, clean_message
 from looplet.modelcall import Request, ask
@@ -19,18 +20,24 @@ from looplet.telemetry.spans import Phase
 from looplet.types import Reply
 
 
-def handle_of(run: RunScope, phase: Phase, purpose: str, *, is_async: bool) -> ModelHandle:
-    """Return a backend whose calls are made below `phase`; `is_async`: for code that can await."""
-    return (AsyncModelHandle if is_async else BlockingModelHandle)(run, phase, purpose)
+def handle_of(
+    run: RunScope, phase: Phase, purpose: str, *, is_async: bool, token: CancelToken | None = None
+) -> ModelHandle:
+    """Return a backend whose calls are made below `phase`; `is_async`: for code that can await.
+
+    token: cancelled when nobody waits for that code any more; then its calls end, and no further one is made.
+    """
+    return (AsyncModelHandle if is_async else BlockingModelHandle)(run, phase, purpose, token or run.cancel_token)
 
 
 class ModelHandle:
     """What blocking and async handles share.  What is not asking (`close()`, settings) is the backend's own."""
 
-    def __init__(self, run: RunScope, phase: Phase, purpose: str) -> None:
+    def __init__(self, run: RunScope, phase: Phase, purpose: str, token: CancelToken) -> None:
         self._run = run
         self._phase = phase
         self._purpose = purpose
+        self._token = token
 
     @property
     def model(self) -> str:
@@ -58,7 +65,7 @@ class ModelHandle:
         asked = [clean_message(message, run.boundary.clean) for message in messages]
         if system_prompt:
             asked.insert(0, Message.of_text("system", run.boundary.text(system_prompt)))
-        request = Request(asked, run.log.aside(asked), self._purpose, settings=settings)
+        request = Request(asked, run.log.aside(asked), self._purpose, settings=settings, token=self._token)
         return ask(run, self._phase, request, _as_it_is)
 
 
@@ -79,7 +86,7 @@ class BlockingModelHandle(ModelHandle):
     def _finish(self, plan: Effects[Reply]) -> Reply:
         loop = self._run.loop
         if loop is not None and self._run.models.of(self._purpose)[0][1].lane == INLINE:
-            return _in_loop(loop, plan)
+            return _in_loop(loop, plan, self._token)
         executor = SyncExecutor()
         try:
             return finish(plan, executor.perform)
@@ -104,9 +111,10 @@ class AsyncModelHandle(ModelHandle):
         return (await self.chat([Message.of_text("user", prompt)], **settings)).text
 
 
-def _in_loop(loop: Any, plan: Effects[Reply]) -> Reply:
-    """Have the run's event loop perform the plan, and wait in this thread."""
+def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
+    """Have the run's event loop perform the plan, and wait in this thread, but no longer than anybody waits for it."""
     import asyncio
+    from concurrent.futures import CancelledError
 
     try:
         here: Any = asyncio.get_running_loop()
@@ -114,8 +122,29 @@ def _in_loop(loop: Any, plan: Effects[Reply]) -> Reply:
         here = None
     if here is loop:
         raise ConfigError("this code runs in the event loop, where it must not wait: make it `async def` and await llm")
-    reply: Reply = asyncio.run_coroutine_threadsafe(AsyncExecutor().finish(plan), loop).result()
-    return reply
+    answer = _finish_there(plan)
+    try:
+        future = asyncio.run_coroutine_threadsafe(answer, loop)
+    except RuntimeError:  # the loop has been closed
+        answer.close()
+        raise
+    gone = ToolError("nobody waits for this answer any more", kind=ErrorKind.CANCELLED)
+    forget = token.on_cancel(lambda: future.set_exception(gone) if loop.is_closed() else future.cancel())
+    try:
+        return future.result()
+    except CancelledError:
+        raise gone from None
+    finally:
+        forget()
+
+
+async def _finish_there(plan: Effects[Reply]) -> Reply:
+    executor = AsyncExecutor()
+    try:
+        reply: Reply = await executor.finish(plan)
+        return reply
+    finally:
+        executor.close()
 
 
 def _as_it_is(phase: Phase, reply: Reply) -> tuple[Reply, Reply]:

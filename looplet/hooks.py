@@ -21,6 +21,7 @@ Some objects in `hooks=[...]` have an attribute instead, by which the run knows 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, runtime_checkable
@@ -106,7 +107,7 @@ class HookSet:
         return self._methods[method]
 
     def state_dicts(self) -> list[tuple[str, Any]]:
-        """Return what hooks that remember say of themselves, by place and name: `state_dict()`."""
+        """Return what hooks that remember say of themselves, by name and place among those: `state_dict()`."""
         return [(key, hook.state_dict()) for key, hook in self._rememberers()]
 
     def load_state_dicts(self, told: Iterable[Sequence[Any]]) -> None:
@@ -117,9 +118,11 @@ class HookSet:
                 hook.load_state_dict(remembered[key])
 
     def _rememberers(self) -> Iterator[tuple[str, Any]]:
-        for index, hook in enumerate(self._hooks):
+        seen: Counter[str] = Counter()
+        for hook in self._hooks:
             if callable(getattr(hook, "state_dict", None)) and callable(getattr(hook, "load_state_dict", None)):
-                yield f"{index}:{_name(hook)}", hook
+                seen[name := _name(hook)] += 1
+                yield f"{name}:{seen[name]}", hook
 
     def brought(self, attribute: str) -> list[Any]:
         """Return what the objects in `hooks=[...]` bring under an attribute of `BRINGS`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from looplet.types import NO_USAGE, Usage
@@ -24,6 +23,16 @@ class Counts:
     """model calls whose provider reported no usage: counted apart, never guessed"""
     unpriced: int = 0
     """model calls whose cost nobody knows, the unreported among them"""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A ledger, written down."""
+
+    own: Usage
+    below: Usage
+    counts: Counts
+    total_counts: Counts
 
 
 class Ledger:
@@ -86,21 +95,16 @@ class Ledger:
         """Add what a run below has used; the caller holds the lock."""
         self._below = self._below + usage
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as a JSON-like dict, for the next segment of the run."""
+    def written(self) -> Spent:
+        """Return everything, for the next segment of the run."""
         with self.lock:
-            return {
-                "own": asdict(self.own),
-                "below": asdict(self._below),
-                "counts": asdict(self.counts),
-                "total_counts": asdict(self.total_counts),
-            }
+            return Spent(self.own, self._below, replace(self.counts), replace(self.total_counts))
 
-    def restore(self, told: Mapping[str, Any]) -> None:
-        """Go on from what `to_dict` said; the ledgers above do not hear of it."""
+    def restore(self, spent: Spent) -> None:
+        """Go on from what `written` said; the ledgers above do not hear of it."""
         with self.lock:
-            self.own, self._below = Usage(**told["own"]), Usage(**told["below"])
-            self.counts, self.total_counts = Counts(**told["counts"]), Counts(**told["total_counts"])
+            self.own, self._below = spent.own, spent.below
+            self.counts, self.total_counts = replace(spent.counts), replace(spent.total_counts)
 
     def _tally(self, name: str) -> None:
         for counts in (self.counts, self.total_counts, *(ledger.total_counts for ledger in self.above)):

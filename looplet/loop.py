@@ -6,6 +6,7 @@ It is a generator that performs no I/O (`looplet.plan`); `looplet.run` drives it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from looplet.asking import chat, error_step, facts_of, pre_prompt, remember
 from looplet.dispatch import take_calls
@@ -50,6 +51,8 @@ def begin(run: RunScope, root: Phase) -> Effects[None]:
     with root.phase(semconv.START, attributes=manifest(run) if root.recording else None):
         pass
     run.trace.durable()
+    for take in run.approvers:  # who waited for an answer waits no more
+        yield from root.call(partial(take, ()))
     if run.hooks.of("pre_loop"):
         with root.phase(semconv.PRE_LOOP) as phase:
             for bound in run.hooks.of("pre_loop"):
@@ -78,9 +81,11 @@ def propose(run: RunScope, turn: Phase) -> Plan[Step, Sequence[ToolCall]]:
     if run.stop is not None:
         return ()
     answer = yield from chat(run, turn, messages)
+    if answer is None:
+        return ()
     if answer.error is None:
         remember(run, answer)
-        yield from announce(run, turn, LifecycleEvent.POST_LLM_RESPONSE, **facts_of(answer))
+        yield from announce(run, turn, LifecycleEvent.POST_LLM_RESPONSE, **facts_of(run, answer))
     if run.stop == "llm_error" or run.parse_failures > run.config.parse_recovery:
         run.parse_failures = 0
         step = error_step(run, answer)

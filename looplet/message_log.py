@@ -58,6 +58,11 @@ class MessageLog:
         log._requests = requests
         return log
 
+    def redact_with(self, clean: Callable[[Any], Any] | None) -> None:
+        """Have what is recorded from now on cleaned by another function."""
+        with self._lock:
+            self._clean = clean
+
     def request(self, messages: Sequence[Message], *, unchanged: int = 0, stable: int | None = None) -> LoggedRequest:
         """Log a request and return how to record it.
 

@@ -17,6 +17,7 @@ from opentelemetry.trace import SpanKind
 from looplet.backends.adapter import Model
 from looplet.backends.attempts import attempts
 from looplet.backends.candidates import Candidate, gives_way, kind_of
+from looplet.cancel import CancelToken
 from looplet.errors import BackendError, BudgetExhausted
 from looplet.message_log import LoggedRequest
 from looplet.messages import Message
@@ -44,6 +45,14 @@ class Request:
     tools: BaseToolRegistry | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """keyword arguments that beat the run's"""
+    token: CancelToken | None = None
+    """of who asks, when that is not the loop: cancelled when nobody waits for the answer any more"""
+
+    def check_cancelled(self, run: RunScope) -> None:
+        """Raise Closing when the run was cancelled, ToolError (`cancelled`) when nobody waits for the answer."""
+        run.check_cancelled()
+        if self.token is not None:
+            self.token.raise_if_cancelled()
 
 
 def ask(
@@ -57,9 +66,9 @@ def ask(
 
     `begun` is told each span that begins.
 
-    Raises what the last backend raised, BudgetExhausted, and Closing when the run was cancelled.
+    Raises what the last backend raised, BudgetExhausted, and what `Request.check_cancelled` raises.
     """
-    run.check_cancelled()
+    request.check_cancelled(run)
     options = run.models.of(request.purpose)
     for option in options[:-1]:
         try:
@@ -181,23 +190,27 @@ class _Call:
                 if self._first_chunk_s is None:
                     self._first_chunk_s = phase.elapsed_s() - began
                 self._gate.take(item)
-                self._run.check_cancelled()
+                self._request.check_cancelled(self._run)
+            self._gate.finish()
         except GeneratorExit:
             raise
         except BaseException:
-            with suppress(Exception):  # one that timed out is still at work in its thread, and ends there
-                yield from phase.call(partial(close, items), lane)
+            yield from self._close(phase, items)
             raise
-        self._gate.finish()
-        yield from phase.call(partial(close, items), lane)
+        yield from self._close(phase, items)
         return item
+
+    def _close(self, phase: Phase, items: Any) -> Effects[None]:
+        """Give back what a stream holds: the answer is here, or nobody wants it."""
+        with suppress(Exception):  # one that timed out is still at work in its thread, and ends there
+            yield from phase.call(partial(close, items), self._model.lane)
 
     def _emit_delta(self, event: type[StreamEvent], **facts: Any) -> None:
         self._run.tell(event, **facts)
 
     def _wait(self, seconds: float) -> Effects[None]:
-        yield Wait(seconds, self._run.cancel_token)
-        self._run.check_cancelled()
+        yield Wait(seconds, self._request.token or self._run.cancel_token)
+        self._request.check_cancelled(self._run)
 
     def _heard(self, phase: Phase, what: str, facts: Mapping[str, Any]) -> None:
         """Take note of a retry or of a wait for a rate limit."""

@@ -103,7 +103,6 @@ class AsyncRun(BaseRun[AsyncExecutor], AsyncIterator["Step"]):
         if self._ended:
             raise StopAsyncIteration
         self._begin()
-        self._scope.loop = _running_loop()
         try:
             step: Step = await self._drive(self._plan.send, None)
         except _PlanReturned:
@@ -133,6 +132,7 @@ class AsyncRun(BaseRun[AsyncExecutor], AsyncIterator["Step"]):
 
     async def _drive(self, resume: Callable[[Any], Any], value: Any) -> Any:
         """Like `Run._drive`; raises `_PlanReturned` at the end, because coroutines may not raise StopIteration."""
+        self._scope.loop = _running_loop()
         self._driving = True
         try:
             return await self._perform(resume, value)

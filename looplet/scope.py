@@ -10,7 +10,7 @@ from typing import Any
 
 from opentelemetry.trace import Link
 
-from looplet.approval import ApprovalRequest, Verdict
+from looplet.approval import WAITING, ApprovalRequest, Verdict
 from looplet.backends.adapter import Model
 from looplet.boundary import Boundary
 from looplet.budgets import Guard
@@ -79,6 +79,8 @@ class RunScope:
     """the message that shows the task"""
     briefing: list[str] = field(default_factory=list)
     """texts for the next request only"""
+    briefed: list[str] = field(default_factory=list)
+    """those that the last request had"""
     stop: str | None = None
     """the stop reason, once there is one"""
     ending: str | None = None
@@ -111,8 +113,12 @@ class RunScope:
     """what the run waits for, when it pauses"""
     approvers: Sequence[Callable[[Sequence[ApprovalRequest]], None]] = ()
     """who is told of them; without one, a run does not pause"""
-    pause: dict[str, Any] | None = None
-    """what a run that has paused goes on with (`looplet.segments`)"""
+    pause: Any = None
+    """the record of a run that has paused (`looplet.segments.Pause`)"""
+    once: Any = None
+    """lets one run go on from it"""
+    claim: Callable[[], None] | None = None
+    """of a run that goes on: makes sure, before its first step, that no other one does"""
     held: list[ToolCall] = field(default_factory=list)
     """calls of the last reply that were not begun when the run paused"""
     compact_service: Any = None
@@ -126,7 +132,7 @@ class RunScope:
     stream: Stream = field(default_factory=Stream)
     _unclaimed: Usage = NO_USAGE
     """what model calls used since the last step was made"""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: Any = field(default_factory=threading.RLock)
 
     @property
     def model(self) -> Model:
@@ -200,8 +206,8 @@ class RunScope:
         return held
 
     def say_stop(self, reason: str) -> None:
-        """End the run after this turn; the first reason counts."""
-        if self.stop is None:
+        """End the run after this turn; the first reason counts, and any counts more than waiting for a human."""
+        if self.stop in (None, WAITING):
             self.stop = reason
 
     def unique_call_id(self, proposed: str, number: int) -> str:

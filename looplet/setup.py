@@ -39,6 +39,8 @@ from looplet.telemetry.router import route
 from looplet.telemetry.spans import RunTrace
 from looplet.tools import BaseToolRegistry
 
+UNFIT: Final = "unfit_for"
+"""the method by which a sink that writes files says that it cannot go on with a run"""
 CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 
 
@@ -66,7 +68,7 @@ def make_scope(
     _check(task, tools, hooks, config)
     _check_objects(state, system_prompt, tracer_provider)
     paused = _paused(resume, verdict, task, conversation)
-    settings = _settings(config, max_steps, system_prompt, state)
+    settings = _settings(config or (paused.config if paused else None), max_steps, system_prompt, state)
     check_sources(settings.memory_sources)
     hook_set = HookSet(hooks or ())
     above = recorder_above()
@@ -85,7 +87,7 @@ def make_scope(
         run_trace,
         _state(state, settings),
         session_log if session_log is not None else SessionLog(),
-        conversation if conversation is not None else Conversation(),
+        _conversation(conversation, boundary),
         boundary.clean(dict(task or {})),
         _guard(settings, hook_set, run_trace.recorder, above),
         _cancel_token(settings),
@@ -99,14 +101,18 @@ def make_scope(
         output_type=output_type,
     )
     _hand_down(run, above)
-    run.conversation.join(boundary.clean)
-    if paused is None:
-        run.task_message = Message.of_text("user", render_task(run.task))
-        run.conversation.append(run.task_message, clean=True)
-    else:
-        go_on(run, paused, verdict)
+    _start(run, paused, verdict)
     _tell_state(run)
     return run
+
+
+def _start(run: RunScope, paused: Paused | None, verdict: Any) -> None:
+    """Put the task before the model, or the run into the place where it paused."""
+    if paused is not None:
+        go_on(run, paused, verdict)
+        return
+    run.task_message = Message.of_text("user", render_task(run.task))
+    run.conversation.append(run.task_message, clean=True)
 
 
 def _hand_down(run: RunScope, above: Recorder | None) -> None:
@@ -152,13 +158,27 @@ def _paused(resume: Any, verdict: Any, task: Any, conversation: Any) -> Paused |
 
 
 def _sinks(llm: Any, hooks: HookSet, above: Recorder | None, paused: Paused | None) -> list[Any]:
-    """Return who writes the run; one that is resumed from a file goes on in that file unless told otherwise."""
-    sinks = find_sinks(llm, hooks.brought(SINK), above)
-    if not sinks and paused is not None and paused.path is not None:
+    """Return who writes the run.
+
+    One that was paused goes on in its file, named or not: else the file would go on to say that it waits.
+    """
+    if paused is None:
+        return find_sinks(llm, hooks.brought(SINK), above)
+    given = find_sinks(llm, hooks.brought(SINK)) or list(paused.sinks)
+    if words := next(filter(None, (_unfit(sink, paused) for sink in given)), ""):
+        raise ConfigError(f"{words}; leave the sink out of hooks=[...] and llm=...")
+    inherited = [sink for sink in find_sinks(None, (), above) if not _unfit(sink, paused)]
+    sinks = list({id(sink): sink for sink in (*inherited, *given)}.values())
+    if paused.path is not None and not any(hasattr(sink, UNFIT) for sink in sinks):
         from looplet.telemetry.provenance import ProvenanceSink
 
-        sinks = [ProvenanceSink(paused.path.parent)]
+        sinks.append(ProvenanceSink(paused.path.parent))
     return sinks
+
+
+def _unfit(sink: Any, paused: Paused) -> str:
+    ask = getattr(sink, UNFIT, None)
+    return "" if ask is None else str(ask(paused.run_id, paused.path))
 
 
 def recorder_above() -> Recorder | None:
@@ -234,6 +254,12 @@ def _state(state: Any, settings: LoopConfig) -> Any:
     return state
 
 
+def _conversation(given: Conversation | None, boundary: Boundary) -> Conversation:
+    conversation = given if given is not None else Conversation()
+    conversation.join(boundary.clean)
+    return conversation
+
+
 def _tell_state(run: RunScope) -> None:
     note_state(run.state, "task", run.task)
     note_state(run.state, "conversation", run.conversation)
@@ -292,9 +318,7 @@ def _trace(
 
 def _below_first_segment(paused: Paused) -> otel_context.Context:
     """Return the context in which a later segment's span stands below the first one's."""
-    flags = trace.TraceFlags(int(paused.record["trace_flags"]))
-    first = trace.SpanContext(paused.trace_id, paused.first_span_id, is_remote=True, trace_flags=flags)
-    return trace.set_span_in_context(trace.NonRecordingSpan(first))
+    return trace.set_span_in_context(trace.NonRecordingSpan(paused.context))
 
 
 def _tracer(provider: Any) -> trace.Tracer | None:

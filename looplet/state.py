@@ -136,6 +136,11 @@ class SessionLog:
         self.current_theory = entry.theory or self.current_theory
         return 0
 
+    def restore(self, entries: Sequence[LogEntry], theory: str) -> None:
+        """Go on from the lines of an earlier segment of the run."""
+        self.entries, self.current_theory = list(entries), theory
+        self._entities = dict.fromkeys(entity for entry in entries for entity in entry.entities)
+
     def all_entities(self) -> list[str]:
         """Return every entity once, in the order of first mention."""
         return list(self._entities)

@@ -230,7 +230,9 @@ class _Report:
         if answer is not None:
             return encode(answer).decode()
         steps = "\n".join(step.summary() for step in self.run.state.steps)
-        return f"stopped with {self.run.stop_reason!r} before it was done" + (f"\n{steps}" if steps else "")
+        waits = "".join(f"\nit waits for a human: {request.description}" for request in self.run.pending)
+        stopped = f"stopped with {self.run.stop_reason!r} before it was done{waits}"
+        return stopped + (f"\n{steps}" if steps else "")
 
 
 def _each(words: Any) -> list[str]:

@@ -133,8 +133,8 @@ def test_a_ledger_goes_on_from_what_it_said():
     below.count_tool()
     below.count(Usage(3, 4, cached_tokens=2))
     again = Ledger()
-    again.restore(top.to_dict())
-    assert again.to_dict() == top.to_dict()
+    again.restore(top.written())
+    assert again.written() == top.written()
     again.count(Usage(1, 1))
     assert (again.total.total_tokens, again.own.total_tokens) == (9, 2)
 

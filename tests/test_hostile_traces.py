@@ -335,7 +335,7 @@ def test_a_damaged_trace_is_read_or_refused_with_a_trace_error(name, damage, die
     check(damaged(name, damage), show_too=die == 0)
 
 
-# --- what a fuzzer rarely finds -----------------------------------------------------------------------------------------
+# --- what a fuzzer rarely finds ---------------------------------------------------------------------------------------
 
 
 def span_of(name, number, parent="", **told):
@@ -442,3 +442,13 @@ def test_long_texts_that_are_no_json_stay_text():
     lines = lines_of(*spans)
     lines[0]["resourceSpans"][0]["scopeSpans"][0]["scope"]["name"] = "theirs"
     assert check(lines) == []
+
+
+def test_spans_without_a_trace_id_are_one_run():
+    spans = [
+        span_of("chat m", 1, **{semconv.OPERATION_NAME: "chat"}),
+        span_of("chat m", 2, 1, **{semconv.OPERATION_NAME: "chat"}),
+    ]
+    for span in spans:
+        del span["traceId"]
+    assert check(lines_of(*spans)) == []

@@ -63,7 +63,7 @@ class MinuteLimit:
         now = clock()
         self._buckets = {name: _Bucket(rate, now) for name, rate in given.items() if rate is not None}
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may come in here, and end a run that waits
         self._usual = 0
         """tokens: what a request took lately, the estimate for one of which nobody knows more"""
         self._waiting: list[_Place] = []

@@ -58,7 +58,7 @@ class BackendRouter(Wrapper):
         self.routes = {purpose: llm for purpose, llm in named.items() if llm is not None}
         require_alike(type(self).__name__, {"default": default, **self.routes})
         self.inner = self.routes.get(AGENT, default)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may come in here, and end a run that has used something
         self._total = Spent()
         self._by_model: dict[str, Spent] = {}
         self._by_purpose: dict[str, Spent] = {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from looplet.approval import WAITING
 from looplet.boundary import Boundary
 from looplet.cli import one_line
 from looplet.errors import ConfigError, TraceError
@@ -191,6 +192,10 @@ def eval_command(
         except ConfigError as error:
             _tell(problems + unread, ())
             raise click.UsageError(str(error)) from None
+    for label, ctx in contexts:
+        if ctx.stop_reason == WAITING:
+            words = f"note: {label} is not finished, it waits for an approval: `looplet show` says for what"
+            click.echo(one_line(words), err=True)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:

@@ -32,6 +32,7 @@ from looplet.cli.runs import (
 from looplet.errors import TraceError
 from looplet.messages import Message
 from looplet.prompt import render
+from looplet.resume import waits_for
 from looplet.scope import final_output_of
 from looplet.telemetry import semconv
 from looplet.telemetry.reader import TRACE_FILE, SpanNode, Trace
@@ -154,6 +155,7 @@ def document(run: RunView, family: Families, full: bool) -> dict[str, Any]:
         "steps": [{"turn": times.get(s.number, (0, 0))[0], "pretty": s.pretty(), **s.to_dict()} for s in run.steps],
         "notes": [{"turn": row.turn, "text": row.note} for row in rows_of(run) if row.step is None],
         "problems": missing_of(run),
+        "waits_for": [request.to_dict() for request in waits_for(run)],
         "unfinished_calls": [{"tool": call.tool, "call_id": call.call_id} for call in run.unfinished_calls],
         **({"spans": [_span(run, node) for node in roots_of(run)]} if full else {}),
         "sub_runs": [document(sub, family, full) for sub in family.get(run.run_id, ())],
@@ -190,6 +192,9 @@ def page(run: RunView, family: Families, full: bool, width: int) -> Iterator[Lin
     yield from task_lines(run, width)
     yield Line("")
     yield from table(rows_of(run), width)
+    for request in waits_for(run):
+        words = f"waits for {request.tool} (#{request.step}, {request.call_id}): {request.description}"
+        yield Line(one_line(f"{words} [{', '.join(request.options)}]"), "yellow")
     if full:
         yield from span_tree(run)
         yield from conversation(run)

@@ -24,6 +24,8 @@ def manifest(run: RunScope) -> dict[str, Any]:
         semconv.DONE_TOOLS: sorted(run.config.ending_tools),
         semconv.CONFIG: encode(run.trace.recorder.clean(_settings(run))).decode(),
     }
+    if run.segment > 1:
+        told[semconv.SEGMENT_NUMBER] = run.segment
     if run.parent is not None:
         told |= {semconv.PARENT_RUN_ID: run.parent[0], semconv.PARENT_CALL_ID: run.parent[1]}
     if not run.asks_rewriters:

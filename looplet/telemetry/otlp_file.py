@@ -130,6 +130,42 @@ class OtlpFile:
         self._glue = _MARKER
 
 
+def claim(path: str | os.PathLike[str], pause: str) -> bool:
+    """Note in a trace file who goes on from a pause; tell whether nobody else had before.
+
+    `pause`: the id of the span that paused.  Whoever's line comes first has won, whichever process wrote it.  The line
+    is on the disk before this returns.  Raises TraceError where it cannot be written.
+    """
+    mark = b'"%b":"%b"' % (semconv.RESUMED.encode(), pause.encode())
+    line = b'{"resourceSpans":[],%b,"%b":"%b"}' % (mark, semconv.CLAIM.encode(), os.urandom(8).hex().encode())
+    try:
+        if _first_with(path, mark):
+            return False
+        file = OtlpFile(path, fsync=True)
+        try:
+            file.write(line + b"\n")
+        finally:
+            file.close()
+        return _first_with(path, mark) == line
+    except OSError as error:
+        words = f"the run cannot go on in this file ({error.strerror or error}), and so nothing was run"
+        raise TraceError(words, path=os.fspath(path)) from error
+
+
+def _first_with(path: str | os.PathLike[str], mark: bytes) -> bytes:
+    with Path(path).open("rb") as lines:
+        return next((line.strip() for line in lines if mark in line), b"")
+
+
+def require_lines(path: str | os.PathLike[str]) -> None:
+    """Raise TraceError for a trace to which no line can be added: packed, or one document on several lines."""
+    with Path(path).open("rb") as lines:
+        first = next(filter(bytes.strip, lines), b"")
+    if not _is_json(first.removeprefix(_BOM)):
+        words = "a run goes on only in a file of plain OTLP JSON lines; unpack this one, or take its trace.jsonl"
+        raise TraceError(words, path=os.fspath(path))
+
+
 def _tail(path: Path) -> tuple[int, bytes]:
     """Return the size of the file and what comes after its last newline."""
     with path.open("rb") as file:

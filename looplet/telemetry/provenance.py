@@ -116,13 +116,33 @@ class ProvenanceSink:
         problems: list[tuple[str, str]] = []
         with self._lock:
             if not self._runs:
-                self._open_file(recorder.run_id, problems, recorder.resumes)
+                if recorder.file is None:
+                    self._open_file(recorder.run_id, problems)
+                else:
+                    self._go_on_in(_file_of(self.dir, recorder.run_id, recorder.file) or recorder.file)
             self._runs.add(recorder.run_id)
             self._direct[recorder.run_id] = None
             while len(self._direct) > MAX_KNOWN_RUNS:
                 del self._direct[next(iter(self._direct))]
         for cause, detail in problems:
             count_drop(cause, detail)
+
+    def file_of(self, run_id: str) -> Path | None:
+        """Return the file in the sink's folder that holds a run, None when there is none."""
+        return _file_of(self.dir, run_id)
+
+    def unfit_for(self, run_id: str, file: Path | None) -> str:
+        """Return why this sink cannot go on with a run that was paused, empty when it can.
+
+        `file`: what holds the run's segments so far, None where nothing does.
+        """
+        found = None if file is None else _file_of(self.dir, run_id, file)
+        if found is None:
+            words = "which no file holds" if file is None else f"which are in {file}"
+            return f"a run is one file, and this sink's folder ({self.dir}) has not the segments before, {words}"
+        if self._runs and not _is_same(self.path, found):
+            return f"this sink is writing another run into {self.path}, and the run goes on in {found}"
+        return ""
 
     def on_end(self, span: Any) -> None:
         """Take an ended span."""
@@ -175,11 +195,14 @@ class ProvenanceSink:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _open_file(self, run_id: str, problems: list[tuple[str, str]], resumes: bool = False) -> None:
-        if resumes and self._file is None and (found := _file_of(self.dir, run_id)) is not None:
-            self._file = OtlpFile(found, fsync=self._fsync)
-        if resumes and self._file is not None:
+    def _go_on_in(self, path: Path) -> None:
+        if self._file is not None and _is_same(self._file.path, path):
             return
+        if self._file is not None:
+            self._file.close()
+        self._file = OtlpFile(path, fsync=self._fsync)
+
+    def _open_file(self, run_id: str, problems: list[tuple[str, str]]) -> None:
         if self._file is not None:
             self._file.close()
         if self._inherited:  # the folder's file belongs to the parent process
@@ -247,15 +270,21 @@ class SinkedBackend:
         return getattr(self.inner, name)
 
 
-def _file_of(folder: Path, run_id: str) -> Path | None:
-    """Return the trace file in a folder that holds a run, None when there is none."""
-    mark = run_id.encode()
+def _file_of(folder: Path, run_id: str, file: Path | None = None) -> Path | None:
+    """Return the trace file in a folder that holds a run, None when there is none; `file` is known to hold it."""
+    if file is not None and _is_same(file.parent, folder):
+        return file
+    mark = b'{"key":"%b","value":{"stringValue":"%b"}}' % (semconv.RUN_ID.encode(), run_id.encode())
     for path in [folder / TRACE_FILE, *sorted(folder.glob("trace-*.jsonl"))]:
         if path.exists():
-            with path.open("rb") as file:
-                if any(mark in line for line in file):
+            with path.open("rb") as lines:
+                if any(mark in line for line in lines):
                     return path
     return None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def set_aside(path: Path) -> Path | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from time import perf_counter_ns, time_ns
 from typing import Any, Final, Protocol
 
@@ -101,8 +102,8 @@ class Recorder:
         """what the run may spend; runs that its tools start spend it, too"""
         self.depth = 1
         """1, or more for a run that a tool of another run started"""
-        self.resumes = False
-        """whether the run goes on after a pause"""
+        self.file: Path | None = None
+        """where the segments before this one are, of a run that goes on after a pause"""
         self.max_depth = 0
         """how deep such runs may be nested"""
         self.resource = resource
@@ -195,6 +196,11 @@ class Recorder:
     def shows(self, key: str) -> bool:
         """Tell whether the user's tracer may see this attribute."""
         return self.captures or key not in semconv.CONTENT
+
+    @property
+    def is_decided(self) -> bool:
+        """Tell whether a sampler, here or above, has decided about the run's trace."""
+        return self.tracer is not None or trace.get_current_span(self.base).get_span_context().is_valid
 
     def below_root(self, span_id: int) -> SpanContext:
         """Return the context of a span of the run, given its id."""

@@ -42,7 +42,7 @@ def runs_of(trace: Trace) -> list[RunView]:
     inside = _inside_runs(others)
     for node in others:
         if id(node) not in inside:
-            groups.setdefault(node.trace_id, []).append(node)
+            groups.setdefault(node.trace_id or UNKNOWN, []).append(node)
     for nodes in groups.values():
         for node in nodes:
             check(node)

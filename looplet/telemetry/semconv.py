@@ -165,6 +165,8 @@ FORMAT_VERSION: Final = "1"
 
 # --- in the file, beside the spans ----------------------------------------------------------------------------------
 RECOVERED: Final = "looplet.recovered"  # on a line of its own: what stands before it is damaged, and known to be
+RESUMED: Final = "looplet.resumed"  # on a line of its own: the id of a segment's span; somebody goes on from its pause
+CLAIM: Final = "looplet.claim"  # on that line: a random text, by which whoever wrote it knows it again
 
 # Attribute and event keys that hold what people, models and tools said.  They go to the run's own sinks; the user's
 # tracer gets them only when content capture is on (GenAI conventions, "Capturing instructions, inputs and outputs").

@@ -75,8 +75,8 @@ class RunTrace:
         self.observed = bool(observers)
         """whether there are observers"""
         self._observers = list(observers)
-        self._late: list[tuple[Any, Any]] = []
-        """observers that answered with something to await, and what they answered"""
+        self._late: list[tuple[Any, Any, Callable[[Any], Any] | None]] = []
+        """observers that answered with something to await, what they answered, and who checks what comes of it"""
 
     @property
     def trace_id(self) -> str | None:
@@ -113,20 +113,32 @@ class RunTrace:
     def observe(self, end: PhaseEnd) -> None:
         """Tell the observers; one that raises is logged once and the run goes on."""
         for observer in self._observers:
-            try:
-                result = observer(end)
-            except Exception as error:  # noqa: BLE001 - an observer only watches
-                self._complain(observer, error)
-                continue
-            if inspect.isawaitable(result):
-                self._late.append((observer, result))
+            self.tell(observer, partial(observer, end))
+
+    def tell(
+        self, watcher: Callable[..., Any], thunk: Callable[[], Any], check: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Call `thunk` for somebody who only watches, in any thread; an awaitable is awaited at the turn's end.
+
+        check: raises when it does not like the answer.  Whatever is raised is counted and logged once.
+        """
+        try:
+            answer = thunk()
+            if inspect.isawaitable(answer):
+                self._late.append((watcher, answer, check))
+            elif check is not None:
+                check(answer)
+        except Exception as error:  # noqa: BLE001 - an observer only watches
+            self._complain(watcher, error)
 
     def settle(self, phase: Phase) -> Effects[None]:
         """Await what async observers returned."""
         late, self._late = self._late, []
-        for observer, answer in late:
+        for observer, answer, check in late:
             try:
-                yield from phase.call(partial(_same, answer))
+                value = yield from phase.call(partial(_same, answer))
+                if check is not None:
+                    check(value)
             except Exception as error:  # noqa: BLE001 - an observer only watches
                 self._complain(observer, error)
 
