@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from looplet.backends.adapter import clean_text
 from looplet.compacting import compact, compact_if_due
 from looplet.compaction import OVERFLOW, CompactOutcome
 from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, ToolError, words_of
@@ -257,15 +258,17 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
     if reply.usage is not None and not before:
         run.conversation.calibrate(reply.usage.input_tokens)
     calls: Sequence[ToolCall] = reply.tool_calls
-    whole = replace(reply, text=before + reply.text) if before else reply
+    known, is_cut = run.tools.tool_names, reply.finish_reason == CUT
+    # what is redacted piece by piece may hold a secret when it is put together
+    whole = replace(reply, text=clean_text(before + reply.text, run.boundary, known)) if before else reply
     if not calls:
         try:
-            calls = parse_tool_calls(whole.text, run.tools.tool_names)
+            calls = parse_tool_calls(whole.text, known, is_cut=is_cut)
         except ParseFailure as error:
-            if reply.finish_reason == CUT and reply.text:
+            if is_cut and reply.text:
                 return reply, Answer(whole, problem=str(error), is_cut=True)
             return reply, _unparsed(run, phase, whole, str(error))
-    elif reply.finish_reason == CUT and "_raw_arguments" in calls[-1].args:
+    elif is_cut and "_raw_arguments" in calls[-1].args:
         return reply, _unparsed(run, phase, replace(whole, tool_calls=()), CUT_CALL)
     run.parse_failures = 0
     named = tuple(_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run)))

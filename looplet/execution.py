@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from opentelemetry.context import set_value
 
 from looplet.admission import Pending
+from looplet.awaiting import discard, is_awaitable
 from looplet.cancel import CANCEL_KEY, CancelToken
 from looplet.decisions import interpret
-from looplet.errors import ErrorKind, ToolError
+from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.events import LifecycleEvent, slot
 from looplet.handle import handle_of
 from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout, Closing, Effects, Wait, gather
@@ -121,9 +122,24 @@ def _tool_context(run: RunScope, phase: Phase, item: Pending, token: CancelToken
         session_id=run.run_id,
         metadata={**run.config.tool_metadata, **getattr(run.state, "metadata", {})},
         llm=handle_of(run, phase, "tool", is_async=spec.is_async, token=token),
-        request_approval=item.approver(run.config.approval_handler),
+        request_approval=_asker(item.approver(run.config.approval_handler), awaits=spec.is_async),
         resources=run.tools.needed(spec),
     )
+
+
+def _asker(handler: Callable[..., Any] | None, *, awaits: bool) -> Callable[[str, list[str]], Any] | None:
+    """Return who answers a tool's questions; a plain tool cannot await an answer."""
+    if handler is None or awaits:
+        return handler
+
+    def ask(prompt: str, options: list[str]) -> Any:
+        answer = handler(prompt, options)
+        if is_awaitable(answer):
+            discard(answer)
+            raise ConfigError("the approval_handler is `async def`: make the tool that asks `async def`, and await it")
+        return answer
+
+    return ask
 
 
 def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelToken, stage: str, data: Any) -> None:

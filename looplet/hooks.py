@@ -24,6 +24,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, Protocol, runtime_checkable
 
 from looplet.errors import ConfigError, did_you_mean
@@ -177,13 +178,16 @@ def _takes_call(function: Callable[..., Any]) -> bool:
 
 def _misspelt(hook: Any) -> str:
     """Return what to say of a method that is almost a hook method: a guard that is never asked is no guard."""
+    name = _misspelt_method(tuple(vars(type(hook))))
+    return f"hook {_name(hook)} has a method {name!r}{did_you_mean(name, METHODS)}" if name else ""
+
+
+@lru_cache(maxsize=256)
+def _misspelt_method(names: tuple[str, ...]) -> str:
     from difflib import get_close_matches
 
-    known = METHODS
-    for name in vars(type(hook)):
-        if name not in known and not name.startswith("_") and get_close_matches(name, known, n=1, cutoff=0.9):
-            return f"hook {_name(hook)} has a method {name!r}{did_you_mean(name, known)}"
-    return ""
+    public = (name for name in names if name not in METHODS and not name.startswith("_"))
+    return next((name for name in public if get_close_matches(name, METHODS, n=1, cutoff=0.9)), "")
 
 
 def _no_method(hook: Any) -> str:

@@ -67,11 +67,13 @@ def take_turn(run: RunScope, root: Phase) -> Plan[Step, None]:
         run.state.step_context = {}
         turn.put(run.budget_left())
         run.tell(TurnStartEvent)
-        calls = run.take_held() or (yield from propose(run, turn))
-        entities = yield from take_calls(run, turn, calls)
-        yield from should_stop(run, turn, entities)
-        yield from run.trace.settle(turn)
-        run.tell(TurnEndEvent)
+        try:
+            calls = run.take_held() or (yield from propose(run, turn))
+            entities = yield from take_calls(run, turn, calls)
+            yield from should_stop(run, turn, entities)
+            yield from run.trace.settle(turn)
+        finally:
+            run.tell(TurnEndEvent)
     run.trace.durable()
 
 

@@ -33,6 +33,8 @@ _ID_KEYS = ("call_id", "id")
 _ABOUT_KEYS = frozenset((*_REASONING_KEYS, *_ID_KEYS, "theory"))
 _CALL_KEYS = frozenset((*_NAME_KEYS, *_ARGS_KEYS, *_BATCH_KEYS, *_REASONING_KEYS))
 
+_CUT = "\0"
+"""what belongs into no JSON: missing brackets are forgiven at the end of a text, and here it does not end"""
 _MAX_DEPTH = 200
 _ATTEMPT_COST = 16
 
@@ -48,9 +50,10 @@ class ParseFailure(LoopletError):
         self.excerpt = excerpt
 
 
-def parse_tool_calls(text: str, known: Collection[str] = ()) -> list[ToolCall]:
+def parse_tool_calls(text: str, known: Collection[str] = (), *, is_cut: bool = False) -> list[ToolCall]:
     """Return the tool calls in a model's reply, in order, at least one.
 
+    is_cut: an output limit ended the reply, so a call that is not closed is not complete.
     `known` names the tools there are.  Where a reply holds several candidates those that name a known tool are kept,
     or the first one if none does; `search({...})` is read as a call only if `search` is known.  `call_id` is empty
     where the model gave none.  Time is linear in the length of `text`.
@@ -64,7 +67,7 @@ def parse_tool_calls(text: str, known: Collection[str] = ()) -> list[ToolCall]:
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError, _Broken):
         pass  # the search finds it again, and says where it is
     text = _without_lone_surrogates(text)
-    search = _Search(text, known)
+    search = _Search(f"{text}{_CUT}" if is_cut else text, known)
     search.run()
     if not search.found:
         raise _failure(text, search.problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from support import both, python
@@ -271,7 +272,7 @@ def test_one_verdict_for_several_calls_is_refused(tmp_path):
 @SOURCE
 def test_only_a_run_that_waits_can_be_resumed(source, tmp_path):
     run, _ = go(False, [DONE], Ran().tools(), [ProvenanceSink(tmp_path)], task={})
-    with pytest.raises(ConfigError, match="only a run that waits for an approval .* 'done'"):
+    with pytest.raises(ConfigError, match=r"only a run that waits for an approval .* 'done'"):
         composable_loop(ScriptedBackend([]), tools=Ran().tools(), resume=run if source == "run" else tmp_path)
 
 
@@ -314,7 +315,7 @@ def test_every_request_of_a_resumed_run_can_be_rebuilt_from_the_file(is_async, t
     view = Trace.load(tmp_path).runs[0]
     requests = [view.request(chat) for chat in view.chats]
     assert [len(request) for request in requests] == [1, 3, 5, 7]
-    assert all(longer[: len(shorter)] == shorter for shorter, longer in zip(requests, requests[1:], strict=False))
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(requests))
     assert again.stop_reason == "done"
 
 

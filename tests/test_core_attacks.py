@@ -1170,8 +1170,12 @@ def test_a_hook_that_rewrites_rewrites_the_shorter_request_too(tmp_path):
         def post_dispatch(self, state, log, call, result, step):
             return f"secret {step}"
 
-    outcome = both(lambda is_async: overflowing(is_async, [*READ, DONE], made=made, hooks=[Scrub()]))
-    assert outcome.stop_reason == "done"
+    for is_async in (False, True):
+        loop = async_composable_loop if is_async else composable_loop
+        run = loop(**overflowing(is_async, [*READ, DONE], made=made, hooks=[Scrub(), ProvenanceSink(tmp_path)]))
+        go(run)
+        assert run.stop_reason == "done"
+        assert "secret" not in (tmp_path / "trace.jsonl").read_text()
     for llm in made:
         assert llm.requests[4][-1] == "[gone] 3"
         assert not any("secret" in text for request in llm.requests for text in request)
@@ -1215,7 +1219,7 @@ def test_an_answer_that_cannot_be_continued_is_left_and_the_next_turn_is_shorter
 
 def test_a_request_that_stays_too_long_is_tried_twice_and_no_more():
     made = []
-    outcome = both(lambda is_async: overflowing(is_async, [*READ, DONE], made=made, chars=3_100))
+    outcome = both(lambda is_async: overflowing(is_async, [*READ, DONE], made=made, chars=1_500))
     assert outcome.stop_reason == "llm_error"
     assert [len(llm.requests) for llm in made] == [3, 3]
 

@@ -118,7 +118,7 @@ class Model:
             usage = priced(usage, reply.model or self.name, self.base_url)
         clean = boundary.text
         calls = tuple(_clean_call(call, boundary) for call in reply.tool_calls)
-        text = clean(reply.text) if calls else _clean_text(reply.text, boundary, known)
+        text = clean(reply.text) if calls else clean_text(reply.text, boundary, known)
         return Reply(
             text, calls, usage, clean(reply.model), clean(reply.response_id), clean(reply.finish_reason),
             clean(reply.reasoning), boundary.clean(reply.metadata),
@@ -162,7 +162,7 @@ def _clean_call(call: ToolCall, boundary: Boundary) -> ToolCall:
     return ToolCall(text(call.tool), clean(call.args), text(call.reasoning), text(call.call_id), clean(call.metadata))
 
 
-def _clean_text(text: str, boundary: Boundary, known: Collection[str]) -> str:
+def clean_text(text: str, boundary: Boundary, known: Collection[str]) -> str:
     r"""Return a reply's text, redacted such that the calls in it are those that were meant, redacted.
 
     Redacting JSON as a text may break it (`{"card": 4111...}` becomes `{"card": [card]}`) or miss what JSON escapes
