@@ -115,11 +115,9 @@ def _continue(run: RunScope, turn: Phase, messages: Sequence[Message], answer: A
 
 
 def _ask(run: RunScope, turn: Phase, messages: Sequence[Message], before: str = "") -> Effects[Answer]:
-    logged = _log(run, messages)
-    run.turn_prompt = render(logged.new, logged.first)
     first, run.model_calls = run.model_calls == 0, run.model_calls + 1
     late = partial(_record_late_task, run, messages) if first and run.asks_rewriters else None
-    request = Request(messages, logged, tools=run.tools)
+    request = Request(messages, partial(_log, run, messages), tools=run.tools)
     return (yield from ask(run, turn, request, partial(_read, run, before), late))
 
 
@@ -233,12 +231,16 @@ def _cleaned(run: RunScope, old: Message, new: Message) -> Message:
 
 
 def _log(run: RunScope, messages: Sequence[Message]) -> LoggedRequest:
-    if not run.rewrites:
+    """Number the messages of a request that is about to be sent."""
+    if run.rewrites:
+        logged = run.log.request(messages)
+    else:
         stable = len(run.head) + len(run.conversation)
         unchanged = run.logged_prefix if run.logged_edits == run.conversation.edits else 0
         run.logged_prefix, run.logged_edits = stable, run.conversation.edits
-        return run.log.request(messages, unchanged=unchanged, stable=stable)
-    return run.log.request(messages)
+        logged = run.log.request(messages, unchanged=unchanged, stable=stable)
+    run.turn_prompt = render(logged.new, logged.first)
+    return logged
 
 
 def _record_late_task(run: RunScope, messages: Sequence[Message], phase: Phase) -> None:

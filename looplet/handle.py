@@ -6,6 +6,7 @@ Each call is a `chat` span of the run, passes its boundary and counts in its led
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from looplet.backends.candidates import Candidate, candidates
@@ -65,7 +66,7 @@ class ModelHandle:
         asked = [clean_message(message, run.boundary.clean) for message in messages]
         if system_prompt:
             asked.insert(0, Message.of_text("system", run.boundary.text(system_prompt)))
-        request = Request(asked, run.log.aside(asked), self._purpose, settings=settings, token=self._token)
+        request = Request(asked, partial(run.log.aside, asked), self._purpose, settings=settings, token=self._token)
         return ask(run, self._phase, request, _as_it_is)
 
 

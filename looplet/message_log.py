@@ -42,6 +42,7 @@ class MessageLog:
     def __init__(self, clean: Callable[[Any], Any] | None = None) -> None:
         self._clean = clean
         self._numbers: dict[bytes, int] = {}
+        self._next = 0
         self._known: dict[int, tuple[Message, int, bytes]] = {}
         """what the last request began with, by id(); holds the messages, so that ids stay their own"""
         self._requests = 0
@@ -55,6 +56,7 @@ class MessageLog:
         """Return the log of a run that goes on: its messages by number, and how many requests it has seen."""
         log = cls()
         log._numbers = {digest(message): number for number, message in sorted(entries.items())}
+        log._next = max(entries, default=-1) + 1
         log._requests = requests
         return log
 
@@ -75,7 +77,7 @@ class MessageLog:
     def aside(self, messages: Sequence[Message]) -> LoggedRequest:
         """Log a request that is no part of the run's own sequence: a summary, a tool that asks a model."""
         with self._lock:
-            first = len(self._numbers)
+            first = self._next
             new: list[tuple[Message, bytes]] = []
             references = _References()
             for message in messages:
@@ -83,7 +85,7 @@ class MessageLog:
             return self._logged(first, new, format_ranges(references.ranges), references.sha.hexdigest())
 
     def _request(self, messages: Sequence[Message], unchanged: int, stable: int) -> LoggedRequest:
-        first = len(self._numbers)
+        first = self._next
         new: list[tuple[Message, bytes]] = []
         before = self._stable
         shared = unchanged
@@ -112,7 +114,8 @@ class MessageLog:
             hashed = sha256(data).digest()
             number = self._numbers.get(hashed)
             if number is None:
-                number = self._numbers[hashed] = len(self._numbers)
+                number = self._numbers[hashed] = self._next
+                self._next += 1
                 new.append((message, data))
             known = (message, number, hashed)
             if keep:

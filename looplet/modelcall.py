@@ -40,7 +40,8 @@ class Request:
     """What to ask a model, and on whose behalf."""
 
     messages: Sequence[Message]
-    logged: LoggedRequest
+    log: Callable[[], LoggedRequest]
+    """numbers the messages, when they are about to be sent"""
     purpose: str = AGENT
     tools: BaseToolRegistry | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -69,36 +70,44 @@ def ask(
     Raises what the last backend raised, BudgetExhausted, and what `Request.check_cancelled` raises.
     """
     request.check_cancelled(run)
-    options = run.models.of(request.purpose)
-    for option in options[:-1]:
+    logged: LoggedRequest | None = None
+    *others, last = run.models.of(request.purpose)
+    for option in others:
+        logged = _allowed(run, request, logged)
         try:
-            return (yield from _ask_one(run, above, request, option, read, begun))
+            return (yield from _ask_one(run, above, request, logged, option, read, begun))
         except Exception as error:
             if not gives_way(error):
                 raise
-            above.event(
-                semconv.EVENT_FALLBACK, {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option[1].name}
-            )
-    return (yield from _ask_one(run, above, request, options[-1], read, begun))
+            told = {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option[1].name}
+            above.event(semconv.EVENT_FALLBACK, told)
+    logged = _allowed(run, request, logged)
+    return (yield from _ask_one(run, above, request, logged, last, read, begun))
+
+
+def _allowed(run: RunScope, request: Request, logged: LoggedRequest | None) -> LoggedRequest:
+    """Take a model call out of the budget; log the request with the first, so that what is never sent has no number."""
+    if (spent := run.guard.take_model_call()) is not None:
+        raise BudgetExhausted(spent)
+    return request.log() if logged is None else logged
 
 
 def _ask_one(
     run: RunScope,
     above: Phase,
     request: Request,
+    logged: LoggedRequest,
     option: Option,
     read: Callable[[Phase, Reply], tuple[Reply, T]],
     begun: Callable[[Phase], None] | None,
 ) -> Effects[T]:
     candidate, model = option
-    if (spent := run.guard.take_model_call()) is not None:
-        raise BudgetExhausted(spent)
     call = _Call(run, request, candidate, model)
     with above.phase(
         semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run, request, model) if run.trace.recording else None
     ) as phase:
         if phase.recording:
-            phase.put(attributes.of_request(request.logged))
+            phase.put(attributes.of_request(logged))
         if begun is not None:
             begun(phase)
         phase.note(model=model.name, provider=model.provider, purpose=request.purpose)

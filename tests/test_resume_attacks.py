@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ from looplet.decisions import HookDecision
 from looplet.pause import Settings
 from looplet.subagents import agent_tool
 from looplet.telemetry import semconv
+from looplet.telemetry.otlp_file import claim
 from looplet.testing import (
     AnthropicServer,
     AsyncMockLLMBackend,
@@ -228,7 +230,13 @@ def test_a_run_that_was_never_started_uses_nothing_up(tmp_path):
 def test_without_a_file_a_pause_is_gone_on_from_once_as_well():
     ran = Ran()
     run = go([DELETE_A], ran.tools(), [Gate()], task={})
-    resume(run, ran)
+    first, second = [
+        composable_loop(ScriptedBackend([DONE]), tools=ran.tools(), hooks=[Gate()], resume=run, verdict=True)
+        for _ in range(2)
+    ]
+    list(first)
+    with pytest.raises(ConfigError, match="gone on"):
+        list(second)
     with pytest.raises(ConfigError, match="gone on"):
         resume(run, ran)
     assert ran == ["a"]
@@ -327,13 +335,15 @@ def test_a_segment_that_was_killed_on_a_machine_whose_clock_is_behind_is_not_beg
     lines, is_later = [], False
     for line in path.read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
-        is_later = is_later or semconv.RESUMED in document
+        if semconv.RESUMED in document:  # and nobody has noted who goes on, either
+            is_later = True
+            continue
         for span in (s for e in document["resourceSpans"] for scope in e["scopeSpans"] for s in scope["spans"]):
             for key in ("startTimeUnixNano", "endTimeUnixNano") if is_later else ():
                 span[key] = str(int(span[key]) - 10**12)
         lines.append(json.dumps(document, separators=(",", ":")))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"can be resumed|gone on from this pause already"):
+    with pytest.raises(ConfigError, match="gone on from this pause already"):
         resume(tmp_path / "traces", ran)
     assert ran == []
 
@@ -345,6 +355,22 @@ def test_who_claims_a_pause_and_dies_at_once_has_used_it_up(tmp_path):
         with pytest.raises(ConfigError, match="gone on from this pause already"):
             resume(what, ran)
     assert ran == []
+
+
+def test_of_two_claims_that_cross_the_first_line_in_the_file_wins(tmp_path, monkeypatch):
+    pause(tmp_path)
+    path, write, other = tmp_path / "trace.jsonl", os.write, []
+
+    def late(fd, data):
+        if not other:
+            other.append(None)
+            other.append(claim(path, "00" * 8))
+        return write(fd, data)
+
+    monkeypatch.setattr("os.write", late)
+    assert claim(path, "00" * 8) is False
+    assert other == [None, True]
+    assert claim(path, "01" * 8) is True
 
 
 def test_a_file_that_cannot_be_written_is_not_resumed(tmp_path, monkeypatch):
@@ -465,6 +491,20 @@ def test_the_same_sink_and_a_new_one_write_the_same_file(source, tmp_path):
     run = resume(source_of(source, run, tmp_path), ran, hooks=[ProvenanceSink(tmp_path)])
     assert len(require_same(tmp_path, run).segments) == 3
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["trace.jsonl"]
+
+
+def test_a_sink_that_is_writing_another_run_is_refused(tmp_path):
+    sink, ran = ProvenanceSink(tmp_path), Ran()
+    run = go([DELETE_A], ran.tools(), [Gate(), sink], task={})
+    other = composable_loop(ScriptedBackend([LOOK, DONE]), tools=ran.tools(), hooks=[sink], task={})
+    next(other)
+    with pytest.raises(ConfigError, match="this sink is writing another run into"):
+        resume(run, ran, hooks=[sink])
+    again = resume(run, ran, hooks=[ProvenanceSink(tmp_path)])
+    list(other)
+    require_same(tmp_path, other)
+    (aside,) = tmp_path.glob("trace-*.jsonl")
+    require_same(aside, again)
 
 
 def test_one_of_several_runs_in_a_file_is_named_by_its_view(tmp_path):
@@ -701,6 +741,7 @@ def test_a_hook_that_stops_the_run_beats_a_question(is_async, hooks, reason, tmp
     run = go([batch], tools, [*hooks, ProvenanceSink(tmp_path)], task={}, is_async=is_async)
     assert (run.stop_reason, run.pending, run.paused) == (reason, (), None)
     assert run.state.steps[0].tool_result.data == "first"
+    assert len(run.state.steps) == (3 if reason == "enough" else 1)
     assert all(step.tool_result.error for step in run.state.steps[1:])
     require_same(tmp_path, run)
 
@@ -1093,14 +1134,14 @@ def test_a_redactor_that_comes_later_redacts_what_the_provider_is_sent(tmp_path)
 def test_what_hooks_write_into_the_session_log_is_redacted_and_goes_on(source, tmp_path):
     class Notes:
         def post_dispatch(self, state, log, tool_call, result, step):
-            log.record(step, "a theory", "note", "why", entities=["e1"], findings=[SECRET])
+            log.record(step, "a theory", "note", "why", entities=[f"e{step}"], findings=[SECRET])
 
     config = LoopConfig(redact=hide)
     run, ran = pause(tmp_path, [LOOK, DELETE_A], hooks=[Notes()], config=config)
     assert SECRET not in on_disk(tmp_path)
     require_same(tmp_path, run)
     again = resume(source_of(source, run, tmp_path), ran, hooks=[Notes()], config=config)
-    assert again.session_log.all_entities() == ["e1"]
+    assert again.session_log.all_entities() == ["e1", "e2", "e3"]
     assert [entry.tool for entry in again.session_log.entries] == ["note", "look", "note", "delete", "note", "done"]
     require_same(tmp_path, again)
 
