@@ -127,6 +127,32 @@ async def awaited(value: Awaitable[Any], variables: ContextVars, timeout_s: floa
     return result
 
 
+def begin_in(
+    loop: asyncio.AbstractEventLoop, make: Callable[[], Awaitable[Any]], variables: ContextVars
+) -> tuple[Job, Callable[[], None]]:
+    """Have another thread's event loop await what `make` returns; return the job that ends with it, and what gives it up.
+
+    Raises RuntimeError when the loop is closed.
+    """
+    job = Job(lambda: None)
+    tasks: list[asyncio.Task[Outcome]] = []
+
+    def start() -> None:
+        tasks.append(start_task(loop, make(), variables))
+        tasks[0].add_done_callback(end)
+
+    def end(task: asyncio.Task[Outcome]) -> None:
+        job.value, job.error = outcome_of(task)
+        job.finish()
+
+    def give_up() -> None:
+        with suppress(RuntimeError):  # the loop has been closed, and has cancelled what it still had
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+    loop.call_soon_threadsafe(start)
+    return job, give_up
+
+
 async def _as_coroutine(value: Awaitable[Any]) -> Any:
     return await value
 
@@ -177,27 +203,11 @@ class PrivateLoop:
 
         Raises RuntimeError when the loop is closed.
         """
-        job = Job(lambda: None)
-        tasks: list[asyncio.Task[Outcome]] = []
-
-        def start() -> None:
-            tasks.append(start_task(self._loop, value, variables))
-            tasks[0].add_done_callback(end)
-
-        def end(task: asyncio.Task[Outcome]) -> None:
-            job.value, job.error = outcome_of(task)
-            job.finish()
-
-        def give_up() -> None:
-            with suppress(RuntimeError):  # the loop has been closed, and has cancelled what it still had
-                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-
         with self._lock:  # what was started before the loop stops is cancelled by it; nothing may start later
             if self._closed:
                 discard(value)
                 raise RuntimeError("this event loop is closed")
-            self._loop.call_soon_threadsafe(start)
-        return job, give_up
+            return begin_in(self._loop, lambda: value, variables)
 
     def run(self, value: Awaitable[Any], variables: ContextVars, timeout_s: float | None) -> Any:
         """Wait for `value` from another thread; raises what it raises, `CallTimeout` after `timeout_s` seconds."""

@@ -6,16 +6,18 @@ Each call is a `chat` span of the run, passes its boundary and counts in its led
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
+from looplet.awaiting import begin_in
 from looplet.backends.candidates import Candidate, candidates
 from looplet.cancel import CancelToken
 from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.executors import AsyncExecutor, SyncExecutor
 from looplet.messages import Message, clean_message
 from looplet.modelcall import Request, ask
-from looplet.plan import INLINE, Effects, finish
+from looplet.plan import INLINE, CallTimeout, Effects, finish
 from looplet.scope import RunScope
 from looplet.telemetry.spans import Phase
 from looplet.types import Reply
@@ -115,7 +117,6 @@ class AsyncModelHandle(ModelHandle):
 def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
     """Have the run's event loop perform the plan, and wait in this thread, but no longer than anybody waits for it."""
     import asyncio
-    from concurrent.futures import CancelledError
 
     try:
         here: Any = asyncio.get_running_loop()
@@ -123,20 +124,17 @@ def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
         here = None
     if here is loop:
         raise ConfigError("this code runs in the event loop, where it must not wait: make it `async def` and await llm")
-    answer = _finish_there(plan)
+    job, give_up = begin_in(loop, partial(_finish_there, plan), copy_context())
+    over = CancelToken(token)
+    job.notify(over.cancel)
+    over.wait()
     try:
-        future = asyncio.run_coroutine_threadsafe(answer, loop)
-    except RuntimeError:  # the loop has been closed
-        answer.close()
-        raise
-    gone = ToolError("nobody waits for this answer any more", kind=ErrorKind.CANCELLED)
-    forget = token.on_cancel(lambda: future.set_exception(gone) if loop.is_closed() else future.cancel())
-    try:
-        return future.result()
-    except CancelledError:
-        raise gone from None
-    finally:
-        forget()
+        job.wait_done(0)
+        reply: Reply = job.outcome()
+    except (CallTimeout, asyncio.CancelledError):
+        give_up()
+        raise ToolError("nobody waits for this answer any more", kind=ErrorKind.CANCELLED) from None
+    return reply
 
 
 async def _finish_there(plan: Effects[Reply]) -> Reply:

@@ -111,14 +111,16 @@ def _ask_one(
         if begun is not None:
             begun(phase)
         phase.note(model=model.name, provider=model.provider, purpose=request.purpose)
+        usage: Usage | None = None
         try:
             call.tell(ChatStartEvent, model=model.name)
             reply = yield from call.perform(phase)
+            usage = reply.usage
             recorded, result = read(phase, reply)
         except BaseException as error:
             if isinstance(error, Exception):
                 phase.fail_with(error, kind_of(error))
-            call.end(phase, None, getattr(error, "usage", None), error)
+            call.end(phase, None, usage or getattr(error, "usage", None), error)
             raise
         call.end(phase, recorded, reply.usage)
     run.trace.durable()
@@ -162,16 +164,17 @@ class _Call:
         """Count what the call used, and say so on its span."""
         usage = self._price(usage) if error is not None else usage
         spent = usage if self._failed is None else self._failed if usage is None else self._failed + usage
-        if error is None or spent is not None:
-            self._run.count_usage(spent)
-            for meter in self._candidate.meters:
-                meter.count(self._run.models.routed(self._request.purpose), self._model.name, spent)
+        counts = error is None or spent is not None
+        told = attributes.of_reply(recorded) if recorded is not None and phase.recording else {}
+        if self._first_chunk_s is not None:
+            told[semconv.TIME_TO_FIRST_CHUNK] = self._first_chunk_s
         phase.note(reply=recorded, usage=spent)
-        if phase.recording:
-            phase.put(attributes.of_reply(recorded) if recorded is not None else {})
-            phase.put(attributes.of_usage(spent) if error is None or spent is not None else {})
-            if self._first_chunk_s is not None:
-                phase.put({semconv.TIME_TO_FIRST_CHUNK: self._first_chunk_s})
+        if counts:  # in the ledger and on the span, one right after the other: a Ctrl-C may come between
+            told |= attributes.of_usage(spent)
+            self._run.count_usage(spent)
+        phase.put(told)
+        for meter in self._candidate.meters if counts else ():
+            meter.count(self._run.models.routed(self._request.purpose), self._model.name, spent)
         self.tell(
             ChatEndEvent,
             model=self._model.name,
