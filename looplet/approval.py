@@ -76,16 +76,24 @@ class ApprovalHook:
     """With it in `hooks=[...]`, a run whose call needs an approval pauses; `pending` says what it waits for."""
 
     def __init__(self) -> None:
-        self.requests: list[ApprovalRequest] = []
+        self._open: dict[str, tuple[ApprovalRequest, ...]] = {}
+
+    @property
+    def requests(self) -> list[ApprovalRequest]:
+        """Return the open questions of all runs that have this hook."""
+        return [request for requests in self._open.values() for request in requests]
 
     @property
     def pending(self) -> ApprovalRequest | None:
         """Return the first open question, None when there is none."""
-        return self.requests[0] if self.requests else None
+        return next(iter(self.requests), None)
 
-    def looplet_approvals(self, requests: Sequence[ApprovalRequest]) -> None:
+    def looplet_approvals(self, requests: Sequence[ApprovalRequest], run_id: str) -> None:
         """Take what a run waits for: nothing, once it has gone on."""
-        self.requests = list(requests)
+        if requests:
+            self._open[run_id] = tuple(requests)
+        else:
+            self._open.pop(run_id, None)
 
 
 Verdicts: TypeAlias = "str | bool | Verdict | Mapping[str, Any] | Sequence[Verdict]"

@@ -130,7 +130,7 @@ async def awaited(value: Awaitable[Any], variables: ContextVars, timeout_s: floa
 def begin_in(
     loop: asyncio.AbstractEventLoop, make: Callable[[], Awaitable[Any]], variables: ContextVars
 ) -> tuple[Job, Callable[[], None]]:
-    """Have another thread's event loop await what `make` returns; return the job that ends with it, and what gives it up.
+    """Have the event loop of another thread await what `make` returns; return the job that ends with it, and its end.
 
     Raises RuntimeError when the loop is closed.
     """

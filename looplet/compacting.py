@@ -76,8 +76,7 @@ def _reason(run: RunScope, above: Phase) -> Effects[str]:
 
 def _own_service(run: RunScope) -> Any:
     """Return what the caller gave to compact with; hooks may put something else into `state.compact_service`."""
-    found = getattr(run.state, "compact_service", None) or run.compact_service
-    return found.__self__ if inspect.ismethod(found) else found
+    return getattr(run.state, "compact_service", None) or run.compact_service
 
 
 def _service(run: RunScope, reason: str) -> Any:

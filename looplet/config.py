@@ -79,9 +79,23 @@ class LoopConfig:
     """how deep sub-agents may call sub-agents"""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         for name in ("redact", "approval_handler"):
             if (given := getattr(self, name)) is not None and not callable(given):
                 raise ConfigError(f"{name} must be a function, not {type(given).__name__}")
+        for name in ("generate_kwargs", "tool_metadata"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name} must be a dict, not {type(getattr(self, name)).__name__}")
+        if isinstance(self.done_tools, str):
+            raise ConfigError(f"done_tools is a list of names: done_tools=[{self.done_tools!r}]")
+        if self.cancel_token is not None and not callable(getattr(self.cancel_token, "on_cancel", None)):
+            raise ConfigError(f"cancel_token takes a CancelToken(), not {type(self.cancel_token).__name__}")
+        if self.budget is not None and not hasattr(self.budget, "limits"):
+            raise ConfigError(
+                f"budget takes a Budget(...), not {type(self.budget).__name__}; a BudgetCap goes into hooks=[...]"
+            )
+
+    def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):

@@ -12,6 +12,8 @@ from typing import Any, Final
 from looplet.errors import ConfigError
 from looplet.types import ToolResult
 
+PERMISSIONS: Final = ("allow", "deny", "ask")
+
 
 @dataclass(frozen=True, slots=True)
 class HookDecision:
@@ -32,6 +34,10 @@ class HookDecision:
     compact: bool | None = None
     """make the conversation shorter before the next request"""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.permission not in (None, *PERMISSIONS):
+            raise ConfigError(f"permission is one of {', '.join(map(repr, PERMISSIONS))}, not {self.permission!r}")
 
     def is_block(self) -> bool:
         """Tell whether the call or the ending is refused."""
@@ -146,6 +152,10 @@ def interpret(value: Any, hook: str, method: str) -> HookDecision:
         raise ConfigError(
             f"{hook}.{method} returned {type(value).__name__} ({value!r:.60}); "
             f"it may return {_RETURNS.get(method, 'None or a HookDecision')}"
+        )
+    if decision.is_ask() and method == "check_done":
+        raise ConfigError(
+            f"{hook}.check_done cannot have a human asked; ask in check_permission, with done by its name"
         )
     meaning = MEANING.get(method, frozenset())
     if strange := [name for name in decision.said() if name not in meaning]:

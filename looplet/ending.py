@@ -143,7 +143,7 @@ def _pause(run: RunScope, phase: Phase) -> Effects[Exception | None]:
     try:
         record = record_of(run)
         for take in run.approvers:
-            yield from phase.call(partial(take, tuple(run.requests)))
+            yield from phase.call(partial(take, tuple(run.requests), run.run_id))
     except Exception as error:  # noqa: BLE001 - hooks, on whose memory and word the next segment would rely
         return error
     run.pause, run.once = record, Once()

@@ -125,6 +125,10 @@ class HookSet:
                 seen[name := _name(hook)] += 1
                 yield f"{name}:{seen[name]}", hook
 
+    def with_method(self, name: str) -> list[Any]:
+        """Return the objects in `hooks=[...]` that have a method of this name."""
+        return [hook for hook in self._hooks if callable(getattr(hook, name, None))]
+
     def brought(self, attribute: str) -> list[Any]:
         """Return what the objects in `hooks=[...]` bring under an attribute of `BRINGS`."""
         return [found for hook in self._hooks if (found := getattr(hook, attribute, None)) is not None]
@@ -159,7 +163,7 @@ REDACT: Final = "looplet_redact"
 EMITTER: Final = "looplet_emitter"
 """gets the run's stream of events"""
 APPROVALS: Final = "looplet_approvals"
-"""a function that takes the `ApprovalRequest`s of a run that pauses: with one, the run may pause"""
+"""a function of the `ApprovalRequest`s of a run that pauses, and its run id: with one, the run may pause"""
 COMPACT: Final = "compact"
 """a compaction service: this method makes the conversation shorter"""
 BRINGS: Final = (SINK, BUDGET, REDACT, EMITTER, APPROVALS, COMPACT)
@@ -178,20 +182,23 @@ def _takes_call(function: Callable[..., Any]) -> bool:
 
 def _misspelt(hook: Any) -> str:
     """Return what to say of a method that is almost a hook method: a guard that is never asked is no guard."""
-    name = _misspelt_method(tuple(vars(type(hook))))
+    near = _misspelt_methods(tuple(dir(hook)))
+    name = next((name for name in near if callable(getattr(hook, name, None))), "")
     return f"hook {_name(hook)} has a method {name!r}{did_you_mean(name, METHODS)}" if name else ""
 
 
 @lru_cache(maxsize=256)
-def _misspelt_method(names: tuple[str, ...]) -> str:
+def _misspelt_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     from difflib import get_close_matches
 
     public = (name for name in names if name not in METHODS and not name.startswith("_"))
-    return next((name for name in public if get_close_matches(name, METHODS, n=1, cutoff=0.9)), "")
+    return tuple(name for name in public if get_close_matches(name, METHODS, n=1, cutoff=0.9))
 
 
 def _no_method(hook: Any) -> str:
     known = METHODS
+    if hasattr(hook, "limits"):
+        return f"a {_name(hook)} is no hook; write BudgetCap(...), or LoopConfig(budget={_name(hook)}(...))"
     public = [name for name in dir(hook) if not name.startswith("_") and callable(getattr(hook, name, None))]
     for name in public:
         if hint := did_you_mean(name, known):

@@ -52,7 +52,7 @@ def begin(run: RunScope, root: Phase) -> Effects[None]:
         pass
     run.trace.durable()
     for take in run.approvers:  # who waited for an answer waits no more
-        yield from root.call(partial(take, ()))
+        yield from root.call(partial(take, (), run.run_id))
     if run.hooks.of("pre_loop"):
         with root.phase(semconv.PRE_LOOP) as phase:
             for bound in run.hooks.of("pre_loop"):

@@ -10,16 +10,20 @@ only by a rule that names it exactly: no wildcard and no default keeps a run fro
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from looplet.awaiting import discard, is_awaitable
 from looplet.decisions import Allow, Deny, HookDecision
 from looplet.errors import ConfigError
 from looplet.types import ToolCall
+
+MAX_DENIALS: Final = 10_000
+"""of how many refusals an engine keeps a record"""
 
 
 class PermissionDecision(StrEnum):
@@ -108,7 +112,7 @@ class PermissionEngine:
         self.default = _decision(default)
         self.ask_handler = ask_handler
         self.done_tools = frozenset((done_tools,) if isinstance(done_tools, str) else done_tools)
-        self.denials: list[dict[str, Any]] = []
+        self._denials: deque[dict[str, Any]] = deque(maxlen=MAX_DENIALS)
         """`{tool, args, rule, reason}` of every call that was refused here, oldest first"""
         if ask_handler is not None and not callable(ask_handler):
             raise ConfigError("ask_handler must be a function (call, reason) -> PermissionDecision or bool")
@@ -116,6 +120,11 @@ class PermissionEngine:
             if not isinstance(rule, PermissionRule):
                 raise ConfigError(f"rules must be PermissionRule objects, not {type(rule).__name__}")
             self.rules.append(rule)
+
+    @property
+    def denials(self) -> list[dict[str, Any]]:
+        """Return what was refused, oldest first: tool, args, rule, reason; the last `MAX_DENIALS`."""
+        return list(self._denials)
 
     def allow(self, tool: str, *, arg_matcher: ArgMatcher | None = None, reason: str = "") -> PermissionEngine:
         """Add a rule that lets calls run; return the engine."""
@@ -187,7 +196,7 @@ class PermissionEngine:
         if outcome.denied:
             args = {name: value for name, value in call.args.items() if not name.startswith("__")}
             rule = outcome.rule.tool if outcome.rule is not None else None
-            self.denials.append({"tool": call.tool, "args": args, "rule": rule, "reason": outcome.reason})
+            self._denials.append({"tool": call.tool, "args": args, "rule": rule, "reason": outcome.reason})
         return outcome
 
 

@@ -111,7 +111,7 @@ class RunScope:
     """answers of humans, by call id"""
     requests: list[ApprovalRequest] = field(default_factory=list)
     """what the run waits for, when it pauses"""
-    approvers: Sequence[Callable[[Sequence[ApprovalRequest]], None]] = ()
+    approvers: Sequence[Callable[[Sequence[ApprovalRequest], str], Any]] = ()
     """who is told of them; without one, a run does not pause"""
     pause: Any = None
     """the record of a run that has paused (`looplet.segments.Pause`)"""

@@ -142,7 +142,7 @@ def _compact_service(settings: LoopConfig, hooks: HookSet) -> Any:
     if settings.compact_service is not None:
         check_service(settings.compact_service)
         return settings.compact_service
-    return next((service for service in hooks.brought(COMPACT) if callable(service)), None)
+    return next(iter(hooks.with_method(COMPACT)), None)
 
 
 def _paused(resume: Any, verdict: Any, task: Any, conversation: Any) -> Paused | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from looplet.errors import ErrorKind, ToolError, words_of
@@ -11,7 +12,7 @@ MAX_DELAY_S: Final = 5.0
 MAX_ASKED_DELAY_S: Final = 60.0
 """the longest wait that a tool may ask for; what takes longer is for the model to decide"""
 
-_RATE_LIMIT: Final = ("ratelimit", "rate limit", "too many requests", "429")
+_RATE_LIMIT: Final = re.compile(r"rate ?limit|too many requests|\b(?:http|status|code|error)\W{0,3}429\b")
 _CONTEXT: Final = ("context length", "context_length", "maximum context")
 _NEVER_AGAIN: Final = frozenset({ErrorKind.VALIDATION, ErrorKind.PERMISSION_DENIED, ErrorKind.CANCELLED})
 
@@ -49,7 +50,7 @@ def _classify(error: BaseException, words: str) -> tuple[ErrorKind, bool]:
     for kind, name, retriable in by_class:
         if isinstance(error, kind):
             return name, retriable
-    if any(mark in words for mark in _RATE_LIMIT):
+    if _RATE_LIMIT.search(words):
         return ErrorKind.RATE_LIMIT, True
     if any(mark in words for mark in _CONTEXT):
         return ErrorKind.CONTEXT_OVERFLOW, False

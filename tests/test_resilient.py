@@ -498,7 +498,8 @@ def test_attributes_are_those_of_the_backend_inside():
 
 
 def test_it_can_do_what_the_backend_inside_can():
-    assert [hasattr(resilient(ScriptedBackend([])), name) for name in ("chat", "generate")] == [True, False]
+    assert [hasattr(resilient(ScriptedBackend([])), name) for name in ("chat", "generate")] == [True, True]
+    assert not hasattr(resilient(ScriptedBackend([])), "generate_with_tools")
     assert [hasattr(resilient(MockLLMBackend()), name) for name in ("chat", "generate")] == [False, True]
     assert inspect.iscoroutinefunction(resilient(AsyncScriptedBackend([])).chat)
 

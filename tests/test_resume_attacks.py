@@ -831,7 +831,7 @@ def test_an_approver_may_be_async_and_one_that_raises_ends_the_run(is_async, tmp
         def __init__(self, error=None):
             self.error, self.told = error, []
 
-        async def looplet_approvals(self, requests):
+        async def looplet_approvals(self, requests, run_id):
             self.told.append([request.tool for request in requests])
             if requests and self.error:
                 raise self.error

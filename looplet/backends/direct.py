@@ -42,6 +42,8 @@ class Wrapper:
     """A backend around others.  It can do what the one called `inner` can, and its attributes are that one's."""
 
     inner: Any
+    asks_as: str = AGENT
+    """the purpose of a call by hand"""
 
     def looplet_candidates(self, purpose: str) -> tuple[Candidate, ...]:
         """Return the backends that may answer, under this wrapper's rules."""
@@ -54,10 +56,28 @@ class Wrapper:
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or name.startswith("__"):  # copying and pickling ask for these before there is an `inner`
             raise AttributeError(name)
-        value = getattr(self.inner, name)
+        is_text = name == "generate" and not hasattr(self.inner, name) and hasattr(self.inner, "chat")
+        value = getattr(self.inner, "chat" if is_text else name)  # `_Question` has texts asked by `chat`
         if name in METHODS or name == STREAM:
             return _asking(self, name, value)
         return value
+
+
+class Purposed(Wrapper):
+    """A wrapped backend, asked for one purpose whatever the caller says."""
+
+    def __init__(self, inner: Any, purpose: str) -> None:
+        self.inner = inner
+        self.asks_as = purpose
+
+    def looplet_candidates(self, purpose: str) -> tuple[Candidate, ...]:
+        """Return the backends that may answer for the purpose."""
+        return candidates(self.inner, self.asks_as)
+
+
+def for_purpose(llm: Any, purpose: str) -> Any:
+    """Return the backend as one that a router knows by this purpose; one that routes nothing as it is."""
+    return Purposed(llm, purpose) if getattr(type(llm), "looplet_candidates", None) is not None else llm
 
 
 def _asking(llm: Wrapper, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,19 +140,19 @@ def _generate_by_chat(chat: Callable[..., Any], prompt: str, **settings: Any) ->
 
 
 def _asked(
-    llm: Any,
+    llm: Wrapper,
     question: _Question,
     attempt: Callable[[_Question, Any], Effects[Any]],
     is_begun: Callable[[], bool] = lambda: False,
 ) -> Effects[Any]:
     """Ask one candidate after the other; once the answer `is_begun`, nothing is tried again."""
-    able = [candidate for candidate in candidates(llm) if question.can_ask(candidate)]
+    able = [candidate for candidate in candidates(llm, llm.asks_as) if question.can_ask(candidate)]
     before: list[str] = []
     for candidate in able:
         ruled = replace(candidate, retry=candidate.retry and _UntilBegun(candidate.retry, is_begun))
-        ask, tokens, bill = partial(attempt, question, candidate.llm), question.tokens(candidate), _Bill(candidate)
+        ask, bill = partial(attempt, question, candidate.llm), _Bill(candidate, llm.asks_as)
         try:
-            value = yield from attempts(ruled, ask, _wait, bill.hear, tokens=tokens)
+            value = yield from attempts(ruled, ask, _wait, bill.hear, tokens=question.tokens(candidate))
         except Exception as error:
             bill.fail(error)
             if candidate is able[-1] or is_begun() or not gives_way(error):
@@ -182,8 +202,9 @@ def _wait(seconds: float) -> Effects[None]:
 class _Bill:
     """What a call used, failed attempts that were charged for included, for the candidate's meters."""
 
-    def __init__(self, candidate: Candidate) -> None:
+    def __init__(self, candidate: Candidate, purpose: str) -> None:
         self._candidate = candidate
+        self._purpose = purpose
         self._failed: Usage | None = None
 
     def hear(self, what: str, facts: Mapping[str, Any]) -> None:
@@ -203,7 +224,7 @@ class _Bill:
 
     def _count(self, usage: Usage | None) -> None:
         for meter in self._candidate.meters:
-            meter.count(AGENT, str(getattr(self._candidate.llm, "model", "") or ""), usage)
+            meter.count(self._purpose, str(getattr(self._candidate.llm, "model", "") or ""), usage)
 
     def _priced(self, usage: Usage | None, model: str = "") -> Usage | None:
         if usage is None or not self._candidate.meters:

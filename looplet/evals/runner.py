@@ -24,12 +24,15 @@ from statistics import fmean
 from types import ModuleType
 from typing import Any, Final, TypeAlias, TypedDict
 
+from looplet.backends.direct import for_purpose
 from looplet.errors import ConfigError, did_you_mean
 from looplet.evals.score import DEFAULT_THRESHOLD, EvalResult, at_least, is_required, tags_of
 
 Evaluator: TypeAlias = Callable[..., Any]
 
 PATTERN: Final = "eval_*.py"
+JUDGE: Final = "judge"
+"""the purpose by which routers know an evaluator's calls"""
 NEEDS_JUDGE: Final = (
     "needs a judge: give eval_run(judge_llm=...) one, leave it out with its tag, or mark it required=False"
 )
@@ -253,7 +256,7 @@ def _call(name: str, evaluator: Evaluator, ctx: Any, judge_llm: Any) -> EvalResu
     if judge is None:
         value = evaluator(_own_copy(ctx))
     elif judge_llm is not None:
-        value = evaluator(_own_copy(ctx), llm=judge_llm)
+        value = evaluator(_own_copy(ctx), llm=for_purpose(judge_llm, JUDGE))
     elif judge.default is inspect.Parameter.empty:
         return EvalResult(name, label="skipped", explanation=NEEDS_JUDGE)
     else:
