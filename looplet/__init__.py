@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.budgets import Budget as Budget
     from looplet.budgets import BudgetCap as BudgetCap
     from looplet.cancel import CancelToken as CancelToken
+    from looplet.compaction import ClipToolResults as ClipToolResults
     from looplet.compaction import CompactOutcome as CompactOutcome
     from looplet.compaction import Prune as Prune
     from looplet.compaction import PruneToolResults as PruneToolResults
@@ -129,7 +130,8 @@ _HOMES = {
     "budgets": ("Budget", "BudgetCap"),
     "cancel": ("CancelToken",),
     "compaction": (
-        "CompactOutcome", "Prune", "PruneToolResults", "Summarize", "SummarizeCompact", "Truncate", "TruncateCompact",
+        "ClipToolResults", "CompactOutcome", "Prune", "PruneToolResults", "Summarize", "SummarizeCompact", "Truncate",
+        "TruncateCompact",
         "compact_chain",
     ),
     "config": ("LoopConfig",),

@@ -115,7 +115,10 @@ class BudgetWarningHook:
         self._told.begin(state)
 
     def should_stop(self, state: Any, step_num: int, new_entities: int) -> HookDecision | None:
-        """Say what has become little since the last turn; never stop."""
+        """Say what has become little since the last turn; never stop.
+
+        Not in `pre_prompt`: a hook that has it may rewrite requests, and the trace of such a run tells less.
+        """
         told, lines = self._told.of(state), []
         for name, (remaining, fraction) in _left_of(state).items():
             crossed = {(name, threshold) for threshold in self._thresholds if fraction <= threshold}

@@ -21,6 +21,7 @@ from looplet.message_log import MessageLog
 from looplet.messages import Conversation, Message
 from looplet.models import Models
 from looplet.output import parse_output
+from looplet.pause import Pause
 from looplet.plan import Closing
 from looplet.prompt import Shown
 from looplet.state import SessionLog
@@ -113,8 +114,8 @@ class RunScope:
     """what the run waits for, when it pauses"""
     approvers: Sequence[Callable[[Sequence[ApprovalRequest], str], Any]] = ()
     """who is told of them; without one, a run does not pause"""
-    pause: Any = None
-    """the record of a run that has paused (`looplet.segments.Pause`)"""
+    pause: Pause | None = None
+    """the record of a run that has paused"""
     once: Any = None
     """lets one run go on from it"""
     claim: Callable[[], None] | None = None

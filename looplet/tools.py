@@ -246,12 +246,9 @@ class BaseToolRegistry:
         """Return a tool; raises ToolError (validation) in words for the model."""
         spec = self._tools.get(name)
         if spec is None:
-            known = ", ".join(self._tools)
-            hint = did_you_mean(name, self._tools)
+            known, hint = ", ".join(self._tools), did_you_mean(name, self._tools)
             raise ToolError(
-                f"unknown tool {name!r}{hint or ';'} available: {known}"
-                if hint
-                else f"unknown tool {name!r}; available: {known}",
+                f"unknown tool {name!r}{hint or ';'} available: {known}",
                 kind=ErrorKind.VALIDATION,
                 retriable=True,
                 recovery_hint=known,

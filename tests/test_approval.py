@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -24,6 +24,7 @@ from looplet import (
 )
 from looplet.approval import ApprovalHook, ApprovalRequest, Verdict
 from looplet.decisions import HookDecision
+from looplet.pause import Settings
 from looplet.telemetry import semconv
 from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 from looplet.types import Reply, ToolCall, Usage
@@ -398,3 +399,8 @@ def test_the_hook_says_what_the_run_waits_for(tmp_path):
     assert run.paused is not None
     again, _ = go(False, [DONE], ran.tools(), [Gate(), ApprovalHook()], resume=run, verdict=True)
     assert again.stop_reason == "done"
+
+
+def test_every_setting_that_is_a_plain_value_goes_on_from_the_file():
+    objects = {"redact", "generate_kwargs", "approval_handler", "compact_service", "cancel_token", "memory_sources"}
+    assert {f.name for f in fields(LoopConfig)} - {f.name for f in fields(Settings)} == {*objects, "tool_metadata"}

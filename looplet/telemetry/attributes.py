@@ -14,7 +14,7 @@ Attributes = dict[str, Any]
 
 
 def of_request(request: LoggedRequest) -> Attributes:
-    """Return what was new in a request, and references to the rest (`looplet.messages`)."""
+    """Return what was new in a request, and references to the rest (`looplet.message_log`)."""
     attributes: Attributes = {
         semconv.INPUT_REFS: request.refs,
         semconv.INPUT_SHA256: request.sha256,

@@ -45,7 +45,6 @@ OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
 CACHE_READ_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
 CACHE_WRITE_TOKENS: Final = "gen_ai.usage.cache_creation.input_tokens"
 REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
-SYSTEM_INSTRUCTIONS: Final = "gen_ai.system_instructions"
 INPUT_MESSAGES: Final = "gen_ai.input.messages"
 OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
 TOOL_DEFINITIONS: Final = "gen_ai.tool.definitions"
@@ -140,7 +139,6 @@ BUDGET_UNCHECKED: Final = "looplet.budget.unchecked"  # a prefix: model calls th
 APPROVAL_QUESTION: Final = "looplet.approval.question"
 APPROVAL_VERDICT: Final = "looplet.approval.verdict"
 PAUSE: Final = "looplet.pause"  # what a paused run needs to go on, as JSON
-OUTPUT_TYPE: Final = "looplet.output_type"
 
 # --- event names ----------------------------------------------------------------------------------------------------
 EVENT_EXCEPTION: Final = "exception"
@@ -172,7 +170,6 @@ CLAIM: Final = "looplet.claim"  # on that line: a random text, by which whoever 
 # tracer gets them only when content capture is on (GenAI conventions, "Capturing instructions, inputs and outputs").
 CONTENT: Final = frozenset(
     {
-        SYSTEM_INSTRUCTIONS,
         INPUT_MESSAGES,
         OUTPUT_MESSAGES,
         TOOL_DEFINITIONS,
