@@ -197,24 +197,24 @@ class AsyncExecutor:
 
     async def _in_thread(self, thunk: Callable[[], Any], effect: Call) -> Any:
         own = effect.lane == PARALLEL or effect.timeout_s is not None
-        worker = acquire() if own else self._serial_worker()
+        worker = acquire() if own else self._take_worker()
         job = Job(thunk)
         worker.submit(job)
         try:
             await job_done(job, effect.timeout_s)
         except BaseException:
-            if worker is self._worker:
-                self._worker = None
             worker.abandon()
             raise
-        if own:
+        if own or self._worker is not None:
             worker.release()
+        else:
+            self._worker = worker
         return job.outcome()
 
-    def _serial_worker(self) -> Worker:
-        if self._worker is None:
-            self._worker = acquire()
-        return self._worker
+    def _take_worker(self) -> Worker:
+        """Return the run's own thread, to be put back after its work: `close` must not give away one that is busy."""
+        worker, self._worker = self._worker, None
+        return worker or acquire()
 
     async def _gather(self, plans: tuple[Effects[Any], ...]) -> list[Any]:
         import asyncio

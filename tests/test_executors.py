@@ -14,6 +14,7 @@ from textwrap import dedent
 
 import pytest
 from opentelemetry import trace as trace_api
+from opentelemetry.context import Context
 from support import CountingProvider, add, look, python, require_whole
 
 from looplet import (
@@ -562,3 +563,36 @@ def test_a_tool_that_raises_stop_iteration_is_an_observation(is_async):
     steps = go(make(is_async, [("empty", {}), DONE], [empty]))
     assert "StopIteration" in steps[0].tool_result.error
     assert steps[1].tool_result.error is None
+
+
+def test_a_busy_thread_of_a_run_is_given_to_nobody_else():
+    from looplet import threads
+    from looplet.executors import AsyncExecutor
+    from looplet.plan import SERIAL, Call
+
+    started, release = threading.Event(), threading.Event()
+
+    def stuck():
+        started.set()
+        release.wait(30)
+
+    async def main():
+        executor = AsyncExecutor()
+        task = asyncio.create_task(executor.perform(Call(stuck, Context(), SERIAL)))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        idle = len(threads._idle)
+        executor.close()  # as a finaliser does, while the call is still waited for
+        assert len(threads._idle) == idle
+        other = AsyncExecutor()
+        assert await asyncio.wait_for(other.perform(Call(lambda: "served", Context(), SERIAL)), 10) == "served"
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.wait_for(other.perform(Call(lambda: "again", Context(), SERIAL)), 10) == "again"
+        other.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        release.set()
