@@ -232,10 +232,10 @@ def _reject(item: Pending, reason: str) -> None:
 
 
 def _name_arguments(run: RunScope, item: Pending) -> None:
-    """Put the arguments under the names that the tool will get, so that gates judge what will run."""
+    """Give the arguments the names and the forms that the tool will get, so that gates judge what will run."""
     spec = run.tools.get(item.call.tool)
-    if spec is not None and (named := spec.named(item.call.args)) != item.call.args:
-        item.call = replace(item.call, args=named)
+    if spec is not None and (args := spec.as_they_will_run(item.call.args)) is not item.call.args:
+        item.call = replace(item.call, args=args)
 
 
 def _refuse_stopped(run: RunScope, item: Pending) -> None:

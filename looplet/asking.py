@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, Final
 from looplet.backends.adapter import clean_text
 from looplet.compacting import compact, compact_if_due
 from looplet.compaction import OVERFLOW, CompactOutcome
-from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, ToolError, words_of
+from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, LoopletError, ToolError, words_of
 from looplet.events import LifecycleEvent, slot
 from looplet.memory import refresh_memory
 from looplet.message_log import LoggedRequest
@@ -25,6 +26,8 @@ from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import failure
 from looplet.types import Reply, Step, ToolCall
+
+logger = logging.getLogger("looplet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,12 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
     except BudgetExhausted as error:
         run.exhaust(error.limit)
         return Answer(Reply(), error=error)
-    except Exception as error:  # noqa: BLE001 - whatever a backend raises, the run ends in order
+    except Exception as error:
+        if not isinstance(error, LoopletError):
+            told = None if run.boundary.redactors else error  # a log is no place for what must not be seen
+            logger.error(
+                "looplet: the backend raised %s, which is no BackendError", type(error).__name__, exc_info=told
+            )
         run.say_stop("llm_error")
         return Answer(Reply(), error=error)
 
@@ -269,7 +277,7 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
         except ParseFailure as error:
             if is_cut and reply.text:
                 return reply, Answer(whole, problem=str(error), is_cut=True)
-            return reply, _unparsed(run, phase, whole, str(error))
+            return reply, _unparsed(run, phase, whole, _no_call(run) if run.model.native else str(error))
     elif is_cut and "_raw_arguments" in calls[-1].args:
         return reply, _unparsed(run, phase, replace(whole, tool_calls=()), CUT_CALL)
     run.parse_failures = 0
@@ -278,6 +286,11 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
         told = reply if named == reply.tool_calls else replace(reply, tool_calls=named)
         return told, Answer(replace(whole, tool_calls=named) if before else told)
     return reply, Answer(replace(whole, tool_calls=named, text="" if run.model.native else whole.text))
+
+
+def _no_call(run: RunScope) -> str:
+    names, done = ", ".join(run.tools.tool_names), run.config.done_tool
+    return f"your reply calls no tool, and only tool calls do anything; call one of {names}; to finish, call {done}"
 
 
 def _unparsed(run: RunScope, phase: Phase, reply: Reply, problem: str) -> Answer:

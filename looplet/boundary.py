@@ -132,6 +132,15 @@ class Boundary:
         return out
 
 
+def is_json(value: Any) -> bool:
+    """Tell whether a value is built of what JSON has words for, and of nothing else."""
+    if isinstance(value, dict):
+        return all(type(name) is str and is_json(item) for name, item in value.items())
+    if type(value) is list:
+        return all(map(is_json, value))
+    return value is None or type(value) in (str, bool, int, float)
+
+
 def _unescape(text: str) -> str:
     """Decode the escapes of JSON and Python."""
     plain = _ESCAPE.sub(lambda m: chr(int(m[1] or m[2], 16)) if m[1] or m[2] else _ESCAPED.get(m[3], m[3]), text)

@@ -70,7 +70,7 @@ def _reason(run: RunScope, above: Phase) -> Effects[str]:
         if decision.compact:
             return bound.hook
     window = run.config.context_window
-    is_full = window is not None and _own_service(run) is not None and run.conversation.tokens >= FULL * window
+    is_full = window is not None and run.conversation.tokens >= FULL * window
     return THRESHOLD if is_full else ""
 
 

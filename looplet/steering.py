@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ from looplet.telemetry import semconv
 from looplet.telemetry.recorder import error_name
 from looplet.telemetry.spans import Phase
 from looplet.types import ToolResult
+
+logger = logging.getLogger("looplet")
 
 
 def consult(run: RunScope, phase: Phase, bound: BoundMethod, *args: Any, **kwargs: Any) -> Effects[HookDecision]:
@@ -148,6 +151,8 @@ def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, t
     if run.gate_failures[key] >= run.config.gate_failures:
         raise error
     phase.fail_with(error)
+    told = None if run.boundary.redactors else error  # a log is no place for what must not be seen
+    logger.error("looplet: the gate %s.%s failed, which refuses", bound.hook, bound.method, exc_info=told)
     if bound.method == "check_done":
         return HookDecision(block=f"the gate {bound.hook} failed ({words}); the final answer was not accepted")
     return HookDecision(permission="deny", block=f"the gate {bound.hook} failed ({words})")

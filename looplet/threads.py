@@ -78,39 +78,40 @@ class Job:
 
 
 class Worker:
-    """One daemon thread and its queue.  The thread ends with the object: a Ctrl-C may lose it anywhere."""
+    """One daemon thread and its queue."""
 
-    __slots__ = ("_abandoned", "_jobs")
+    __slots__ = ("_abandoned", "_jobs", "_pid")
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._abandoned = False
-        threading.Thread(target=_work, args=(self._jobs, os.getpid()), name="looplet-worker", daemon=True).start()
+        self._pid = os.getpid()
+        threading.Thread(target=self._work, name="looplet-worker", daemon=True).start()
 
     def submit(self, job: Job) -> None:
         """Run `job` after those submitted before."""
         self._jobs.put(job)
 
     def abandon(self) -> None:
-        """Let the thread end with the jobs it has; nobody waits for it."""
+        """Let the thread end with the job it runs; nobody waits for it."""
         self._abandoned = True
         self._jobs.put(None)
 
     def release(self) -> None:
         """Give an idle worker back for later calls."""
-        if not self._abandoned and len(_idle) < MAX_IDLE:
-            _idle.append(self)
-
-    def __del__(self) -> None:
-        self._jobs.put(None)
-
-
-def _work(jobs: SimpleQueue[Job | None], pid: int) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        del job  # an idle thread keeps nothing alive
-        if os.getpid() != pid:  # a tool has forked: nobody will give the child more to do
+        if self._abandoned:
             return
+        if len(_idle) < MAX_IDLE:
+            _idle.append(self)
+        else:
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job  # an idle thread keeps nothing alive
+            if self._abandoned or os.getpid() != self._pid:  # a tool has forked: nobody will give the child more to do
+                return
 
 
 def acquire() -> Worker:

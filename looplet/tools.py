@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Self, overload
 
+from looplet.boundary import is_json
 from looplet.cancel import CancelToken
 from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
+from looplet.messages import encode
 from looplet.schema import Parameters, declared_parameters, function_parameters
 from looplet.toolerrors import to_tool_error
 from looplet.types import ToolCall, ToolResult, summarize_args
@@ -131,6 +133,19 @@ class ToolSpec:
         if renamed.keys() == {"_raw_arg"} and "_raw_arg" not in self._signature.names and len(required) == 1:
             return {required[0]: renamed["_raw_arg"]}
         return renamed
+
+    def as_they_will_run(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments under their own names and converted (`"5"` to 5), where the result is JSON-like.
+
+        What does not fit is left for `arguments` to refuse; arguments that need no change come back as they are.
+        """
+        named = self.named(args)
+        try:
+            values = self._signature.validate(self.name, named)
+        except ToolError:
+            return named if named != args else args
+        mended = {name: values[name] if is_json(values.get(name, ...)) else given for name, given in named.items()}
+        return args if encode(mended) == encode(args) else mended
 
     def bind(self, kwargs: dict[str, Any], ctx: ToolContext) -> Callable[[], Any]:
         """Return the call, ready to run."""

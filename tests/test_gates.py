@@ -177,3 +177,46 @@ def test_losses_are_counted_from_many_threads(caplog):
         sys.setswitchinterval(interval)
     assert drops.drops.pop(cause) == 16_000
     assert len([record for record in caplog.records if cause in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("args", [{"amount": "1000", "dry_run": "false"}, {"amount": 1000.0, "dry_run": False}])
+def test_gates_judge_the_arguments_that_the_tool_will_get(args):
+    seen, ran = [], []
+
+    class Gate:
+        def pre_dispatch(self, state, log, tool_call, step):
+            seen.append(tool_call.args)
+
+        def check_permission(self, tool_call, state):
+            return tool_call.args.get("amount") != 1000 or tool_call.args["dry_run"] is not False
+
+    @tool
+    def transfer(amount: int, dry_run: bool) -> str:
+        """Transfer money."""
+        ran.append(amount)
+        return "gone"
+
+    def make(is_async):
+        backend = (AsyncScriptedBackend if is_async else ScriptedBackend)([("transfer", args), DONE])
+        return {"llm": backend, "task": {}, "tools": tools_from([transfer], include_done=True), "hooks": [Gate()]}
+
+    outcome = both(make)
+    assert ran == []
+    assert seen[0] == outcome.steps[0].tool_call.args == {"amount": 1000, "dry_run": False}
+    assert type(seen[0]["amount"]) is int
+
+
+def test_the_model_is_told_that_a_text_does_nothing_where_tools_are_native():
+    backend = ScriptedBackend(["I think I am done.", DONE])
+    list(composable_loop(backend, tools=tools_from([], include_done=True)))
+    assert "to finish, call done" in backend.requests[1][-1].text
+
+
+def test_a_chat_method_without_tools_is_taught_them_in_the_text():
+    class Plain:
+        def chat(self, messages):
+            assert "TOOLS" in messages[0].text
+            return ScriptedBackend(['{"tool": "done", "args": {"answer": "ok"}}']).chat(messages)
+
+    run = composable_loop(Plain(), tools=tools_from([], include_done=True))
+    assert [step.tool_call.tool for step in run] == ["done"]

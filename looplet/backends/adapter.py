@@ -61,7 +61,6 @@ class Model:
         self.base_url = str(getattr(llm, "base_url", "") or "")
         self.server_address = getattr(llm, "server_address", None)
         self.server_port = getattr(llm, "server_port", None)
-        self.native = config.use_native_tools and self.protocol != "generate"
         self.streams = self.protocol == "chat" and callable(getattr(llm, "stream", None))
         self._method = getattr(llm, self.protocol)
         self._clean = clean
@@ -69,6 +68,7 @@ class Model:
         if sync and _is_async(self._method):
             raise ConfigError("this backend is async: iterate with `async for step in async_composable_loop(...)`")
         self.lane = INLINE if _is_async(self._method) else SERIAL
+        self.native = config.use_native_tools and self.protocol != "generate" and bool(self._accepted({"tools": None}))
         self._settings = self._settings_for(config)
         self._needs_tools = self._requires("tools")
         self._takes_system = bool(self._accepted({"system_prompt": ""}))
