@@ -68,7 +68,7 @@ class LoopConfig:
     max_turn_continuations: int = 2
     """how often a reply that was cut by the output limit is continued"""
     context_window: int | None = None
-    """tokens; with it, `compact_service` runs by itself before the window is full"""
+    """tokens; with it, `compact_service` (or clearing and dropping what is old) runs before the window is full"""
     compact_service: Any = None
     """makes the conversation shorter (`looplet.compaction`)"""
     memory_sources: Sequence[Any] = ()

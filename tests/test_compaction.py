@@ -37,7 +37,7 @@ from looplet.compaction import (
 )
 from looplet.telemetry import semconv
 from looplet.telemetry.runs import runs_of
-from looplet.testing import AsyncMockLLMBackend, MockLLMBackend
+from looplet.testing import AsyncMockLLMBackend, AsyncScriptedBackend, MockLLMBackend, ScriptedBackend
 from looplet.tokens import size_of
 from looplet.turns import SUMMARY, answers, is_summary
 from tests.support import both, run_async, run_sync
@@ -780,3 +780,20 @@ def test_text_protocol_runs_compact_too():
 
     (span,) = compactions(both(make))
     assert told(span)["stages"] == ["PruneToolResults"]
+
+
+def test_a_context_window_alone_is_kept_by_clearing_and_dropping():
+    @tool
+    def read(page: int) -> str:
+        """Read a page."""
+        return f"page {page}: " + "words " * 400
+
+    def make(is_async):
+        calls = [("read", {"page": n}) for n in range(12)]
+        backend = (AsyncScriptedBackend if is_async else ScriptedBackend)([*calls, ("done", {"answer": "ok"})])
+        tools = tools_from([read], include_done=True)
+        return {"llm": backend, "task": {"goal": "read"}, "tools": tools, "config": LoopConfig(context_window=4_000)}
+
+    outcome = both(make)
+    assert outcome.stop_reason == "done"
+    assert outcome.trace.find(semconv.COMPACT)[0].attributes[semconv.COMPACT_COMPACTED] is True
