@@ -1496,7 +1496,7 @@ def test_commands_say_that_a_run_waits_and_for_what(is_json, tmp_path):
         (request,) = json.loads(shown())["runs"][0]["waits_for"]
         assert (request["tool"], request["description"]) == ("delete", "delete a?")
     else:
-        assert "waits for delete (#2, call_2): delete a? [approve, deny]" in shown()
+        assert "waits for delete(path='a') (#2, call_2): delete a? [approve, deny]" in shown()
     assert "trace.jsonl is not finished, it waits for an approval" in evaluated().stderr
     resume(tmp_path, ran)
     assert "waits for delete" not in shown()

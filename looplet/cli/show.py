@@ -37,7 +37,7 @@ from looplet.scope import final_output_of
 from looplet.telemetry import semconv
 from looplet.telemetry.reader import TRACE_FILE, SpanNode, Trace
 from looplet.telemetry.runs import INTERRUPTED, RunView
-from looplet.types import Step
+from looplet.types import Step, summarize_args
 
 Families: TypeAlias = Mapping[str, Sequence[RunView]]
 
@@ -193,7 +193,8 @@ def page(run: RunView, family: Families, full: bool, width: int) -> Iterator[Lin
     yield Line("")
     yield from table(rows_of(run), width)
     for request in waits_for(run):
-        words = f"waits for {request.tool} (#{request.step}, {request.call_id}): {request.description}"
+        call = f"{request.tool}({summarize_args(request.args)})"
+        words = f"waits for {call} (#{request.step}, {request.call_id}): {request.description}"
         yield Line(one_line(f"{words} [{', '.join(request.options)}]"), "yellow")
     if full:
         yield from span_tree(run)
@@ -210,7 +211,9 @@ def page(run: RunView, family: Families, full: bool, width: int) -> Iterator[Lin
 def header(run: RunView, width: int) -> Iterator[Line]:
     """Yield who ran, how it ended, and what it took."""
     models, usage = models_of(run), run.usage
-    why = f" — {run.last.record.status_message}" if run.last.record.status_message else ""
+    limit = run.last.attributes.get(semconv.BUDGET_EXHAUSTED)
+    why = f" ({limit})" if limit else ""
+    why += f" — {run.last.record.status_message}" if run.last.record.status_message else ""
     numbers = {"turn": turns_of(run), "step": len(run.steps), "model call": len(run.chats)}
     counts = ", ".join(f"{number} {noun}" + "s" * (number != 1) for noun, number in numbers.items())
     at_least = "at least " if run.stop_reason == INTERRUPTED else ""
@@ -233,7 +236,11 @@ def _tokens(run: RunView) -> str:
     if calls and silent == calls:
         return "not reported"
     told = f"{run.usage.input_tokens} in, {run.usage.output_tokens} out"
-    return told + (f" ({silent} of {calls} calls reported none)" if silent else "")
+    told += f" ({silent} of {calls} calls reported none)" if silent else ""
+    totals = [run.last.attributes.get(name, 0) for name in (semconv.TOTAL_INPUT_TOKENS, semconv.TOTAL_OUTPUT_TOKENS)]
+    if all(isinstance(n, int) for n in totals) and totals > [run.usage.input_tokens, run.usage.output_tokens]:
+        told += f"; with sub-runs {totals[0]} in, {totals[1]} out"
+    return told
 
 
 def task_lines(run: RunView, width: int) -> Iterator[Line]:
