@@ -41,8 +41,8 @@ if not BENCHMARKS.exists():
     pytest.skip("the benchmarks are tested in a checkout only", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))
 
-import concurrency
-import soak
+import concurrency  # noqa: E402 - only where they are
+import soak  # noqa: E402 - only where they are
 
 sync_and_async = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
