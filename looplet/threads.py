@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -86,7 +87,11 @@ class Worker:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._abandoned = False
         self._pid = os.getpid()
-        threading.Thread(target=self._work, name="looplet-worker", daemon=True).start()
+        try:
+            _start(threading.Thread(target=self._work, name="looplet-worker", daemon=True))
+        except BaseException:
+            self._jobs.put(None)  # the thread may have begun, and nobody would ever have work for it
+            raise
 
     def submit(self, job: Job) -> None:
         """Run `job` after those submitted before."""
@@ -116,10 +121,24 @@ class Worker:
 
 def acquire() -> Worker:
     """Return an idle worker, or a new one."""
-    try:
+    with suppress(IndexError):
         return _idle.pop()
-    except IndexError:
-        return Worker()
+    return Worker()
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start `thread`; a Ctrl-C in the midst of it stays a Ctrl-C.
+
+    `Thread.start` waits on a `threading.Condition`, which is written in Python: an interrupt in the middle of it comes
+    out as "release unlocked lock".
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        interrupt = error.__context__
+        if interrupt is None or isinstance(interrupt, Exception):
+            raise
+        raise interrupt from None
 
 
 # A forked child inherits the list but not the threads.

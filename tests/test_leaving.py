@@ -865,6 +865,13 @@ def test_a_thousand_real_interrupts(tmp_path, capsys):
     assert found["damaged"] + found["not whole"] + found["spans left open"] <= 10
 
 
+def test_an_interrupted_start_of_a_thread_is_an_interrupt(tmp_path):
+    done = python(HERE / "interrupted_workers.py", 7, 6000)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"started", "KeyboardInterrupt"}, found
+
+
 def test_ctrl_c_does_not_wait_for_stuck_tools(tmp_path):
     for how in ("sync", "timed", "parallel", "async", "async parallel", "under async for"):
         done = python("-X", "dev", "-W", "error", HERE / "interrupted_runs.py", tmp_path / how, how)

@@ -1,0 +1,39 @@
+"""Workers that get a Ctrl-C while their thread starts: started by `test_leaving.py` in a process of its own.
+
+python interrupted_workers.py SEED COUNT    start COUNT threads; prints how many starts ended how, as JSON
+"""
+
+import json
+import random
+import signal
+import sys
+from collections import Counter
+
+from looplet import threads
+
+MAX_DELAY_S = 0.00012
+"""longer than most starts take"""
+
+
+def start_one(delay, counts):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        threads.Worker().abandon()
+        counts["started"] += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException as error:
+        counts[type(error).__name__] += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(seed, count):
+    dice, counts = random.Random(seed), Counter()
+    sys.unraisablehook = lambda caught: None  # in a weak reference's callback Python drops an interrupt
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for _ in range(count):
+        start_one(dice.uniform(0.000002, MAX_DELAY_S), counts)
+    sys.stdout.write(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
