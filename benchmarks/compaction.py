@@ -73,7 +73,8 @@ class Reader:
 def measure(service: Any, pages: int, context_window: int) -> dict[str, int]:
     """Run once; return tokens."""
     model = Reader(pages)
-    config = LoopConfig(max_steps=pages + 1, context_window=context_window, compact_service=service)
+    window = None if service is None else context_window  # with a window, a run compacts by itself
+    config = LoopConfig(max_steps=pages + 1, context_window=window, compact_service=service)
     steps = list(
         composable_loop(model, {"goal": "read all"}, tools_from([read_page], include_done=True), config=config)
     )

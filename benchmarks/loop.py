@@ -73,7 +73,7 @@ def bare_loop(turns: int) -> Iterator[str]:
 
 def looplet_run(turns: int, hooks=(), tracer_provider=None):
     """Return a run of `turns` turns."""
-    tools = tools_from([echo])
+    tools = tools_from([echo], include_done=True)
     return composable_loop(
         EchoModel(),
         {"goal": "benchmark"},

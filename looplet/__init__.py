@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.budgets import Budget as Budget
     from looplet.budgets import BudgetCap as BudgetCap
     from looplet.cancel import CancelToken as CancelToken
+    from looplet.compact_outcome import CompactOutcome as CompactOutcome
     from looplet.compaction import ClipToolResults as ClipToolResults
-    from looplet.compaction import CompactOutcome as CompactOutcome
     from looplet.compaction import Prune as Prune
     from looplet.compaction import PruneToolResults as PruneToolResults
     from looplet.compaction import Summarize as Summarize
@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.hooks import PrePrompt as PrePrompt
     from looplet.limits import BudgetWarningHook as BudgetWarningHook
     from looplet.limits import PerToolLimitHook as PerToolLimitHook
+    from looplet.long_results import ResultReader as ResultReader
     from looplet.mcp import MCPToolAdapter as MCPToolAdapter
     from looplet.memory import AgentsMdMemorySource as AgentsMdMemorySource
     from looplet.memory import CallableMemorySource as CallableMemorySource
@@ -83,6 +84,8 @@ if TYPE_CHECKING:  # `as` makes them public for type checkers, too
     from looplet.permissions import PermissionOutcome as PermissionOutcome
     from looplet.permissions import PermissionRule as PermissionRule
     from looplet.preview import preview_prompt as preview_prompt
+    from looplet.prices import ListPrice as ListPrice
+    from looplet.prices import Price as Price
     from looplet.prompt import Prompt as Prompt
     from looplet.redactor import Redactor as Redactor
     from looplet.run import AsyncRun as AsyncRun
@@ -129,8 +132,9 @@ _HOMES = {
     "backends.router": ("BackendRouter",),
     "budgets": ("Budget", "BudgetCap"),
     "cancel": ("CancelToken",),
+    "compact_outcome": ("CompactOutcome",),
     "compaction": (
-        "ClipToolResults", "CompactOutcome", "Prune", "PruneToolResults", "Summarize", "SummarizeCompact", "Truncate",
+        "ClipToolResults", "Prune", "PruneToolResults", "Summarize", "SummarizeCompact", "Truncate",
         "TruncateCompact",
         "compact_chain",
     ),
@@ -147,12 +151,14 @@ _HOMES = {
     "events": ("EventPayload", "LifecycleEvent"),
     "hooks": ("CheckDone", "PostDispatch", "PreDispatch", "PrePrompt"),
     "limits": ("BudgetWarningHook", "PerToolLimitHook"),
+    "long_results": ("ResultReader",),
     "mcp": ("MCPToolAdapter",),
     "memory": ("AgentsMdMemorySource", "CallableMemorySource", "StaticMemorySource"),
     "messages": ("Conversation", "Message"),
     "parts": ("Image",),
     "permissions": ("PermissionDecision", "PermissionEngine", "PermissionHook", "PermissionOutcome", "PermissionRule"),
     "preview": ("preview_prompt",),
+    "prices": ("ListPrice", "Price"),
     "prompt": ("Prompt",),
     "redactor": ("Redactor",),
     "run": ("AsyncRun", "Run", "async_composable_loop", "composable_loop"),

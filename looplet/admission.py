@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from looplet.approval import OPTIONS, WAITING, ApprovalRequest, Verdict
+from looplet.approval import OPTIONS, WAITING, ApprovalRequest, Verdict, answer_of
 from looplet.decisions import HookDecision
-from looplet.errors import ErrorKind, ToolError
+from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.events import LifecycleEvent, slot
 from looplet.plan import SERIAL, Effects
 from looplet.scope import RunScope, note_state
@@ -19,6 +20,8 @@ from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import ToolSpec, failure
 from looplet.types import ToolCall, ToolResult, summarize_args
+
+logger = logging.getLogger("looplet")
 
 
 @dataclass(slots=True)
@@ -59,8 +62,9 @@ def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effe
         for item in pending:
             yield from _decide(run, phase, item)
         _withdraw_questions(run, pending)
-        phase.note(answered=tuple((item.call, item.result) for item in pending if item.result is not None))
-    if not run.requests:
+        if run.trace.observed:
+            phase.note(answered=tuple((item.call, item.result) for item in pending if item.result is not None))
+    if not run.approvals.requests:
         return pending
     run.say_stop(WAITING)
     return list(takewhile(lambda item: not item.waits, pending))
@@ -69,7 +73,7 @@ def pre_dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effe
 def check_done(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[None]:
     """Ask the gates about an ending, before the `done` tool executes."""
     for item in pending:
-        if item.result is not None or item.call.tool not in run.config.ending_tools:
+        if item.result is not None or item.call.tool not in run.ending_tools:
             continue
         with turn.phase(semconv.CHECK_DONE) as phase:
             for bound in run.hooks.of("check_done"):
@@ -101,7 +105,7 @@ def _withdraw_questions(run: RunScope, pending: Sequence[Pending]) -> None:
     """Have nobody wait for a human in a run that a hook has ended meanwhile."""
     if run.stop is None:
         return
-    run.requests.clear()
+    run.approvals.requests.clear()
     for item in pending:
         if item.waits:
             item.waits = False
@@ -145,9 +149,9 @@ def _take(run: RunScope, item: Pending, decision: HookDecision) -> None:
 
 def _check_verdict(run: RunScope, phase: Phase, item: Pending) -> None:
     """Refuse a call that a human has refused."""
-    item.verdict = run.verdicts.pop(item.call.call_id, None)
+    item.verdict = run.approvals.verdicts.pop(item.call.call_id, None)
     if item.verdict is not None and item.verdict.denies:
-        _tell_answer(run, phase, item, item.verdict.answer)
+        _record_answer(run, phase, item, item.verdict.answer)
         _deny(run, item, item.verdict.reason or "a human refused it", False)
 
 
@@ -161,14 +165,14 @@ def _ask_human(run: RunScope, phase: Phase, item: Pending, question: str) -> Eff
         return
     request = request_of(run, item, question)
     if item.verdict is not None and item.verdict.arguments_sha256 == request.arguments_sha256:
-        _tell_answer(run, phase, item, item.verdict.answer)
+        _record_answer(run, phase, item, item.verdict.answer)
         return
-    tell_request(run, phase, request)
+    record_request(run, phase, request)
     if run.config.approval_handler is not None:
         yield from _ask_handler(run, phase, item, request)
-    elif run.approvers:
+    elif run.approvals.askers:
         item.waits = True
-        run.requests.append(request)
+        run.approvals.requests.append(request)
     else:
         why = "it needs an approval and nobody can be asked (approval_handler=, or ApprovalHook() to pause)"
         _deny(run, item, why, False)
@@ -183,9 +187,16 @@ def _ask_handler(run: RunScope, phase: Phase, item: Pending, request: ApprovalRe
         phase.fail_with(error)
         _deny(run, item, f"the approval handler failed ({type(error).__name__})", False)
         return
-    said = {True: "approve", False: "deny"}.get(answer, answer) if isinstance(answer, bool) else answer
-    _tell_answer(run, phase, item, str(said))
-    if said not in request.options or Verdict(str(said)).denies:
+    try:
+        said = answer_of(answer, request.options)
+    except ConfigError as error:
+        phase.fail_with(error)
+        _deny(run, item, run.boundary.text(str(error)), False)
+        options = ", ".join(map(repr, request.options))
+        logger.error("looplet: the approval_handler gave a %s that is none of %s", type(answer).__name__, options)
+        return
+    _record_answer(run, phase, item, said)
+    if Verdict(said).denies:
         _deny(run, item, "a human refused it", False)
 
 
@@ -200,7 +211,7 @@ def request_of(
     return ApprovalRequest(item.number, *named, call.args, sha256, has_run, run.run_id)
 
 
-def tell_request(run: RunScope, phase: Phase, request: ApprovalRequest) -> None:
+def record_request(run: RunScope, phase: Phase, request: ApprovalRequest) -> None:
     """Record that a human has to decide; what it is about may be what a rewriting hook has not seen yet."""
     told = {semconv.TOOL_NAME: request.tool, semconv.TOOL_CALL_ID: request.call_id}
     told[semconv.ARGUMENTS_SHA256] = request.arguments_sha256
@@ -209,7 +220,7 @@ def tell_request(run: RunScope, phase: Phase, request: ApprovalRequest) -> None:
     phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
 
 
-def _tell_answer(run: RunScope, phase: Phase, item: Pending, answer: str) -> None:
+def _record_answer(run: RunScope, phase: Phase, item: Pending, answer: str) -> None:
     told = {semconv.TOOL_CALL_ID: item.call.call_id, semconv.APPROVAL_VERDICT: run.boundary.text(answer)}
     phase.event(semconv.EVENT_APPROVAL_ANSWERED, told)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeAlias
 
+from looplet.arguments import TEXT, require, shown
 from looplet.errors import ConfigError
 
 WAITING: Final = "waiting_for_approval"
@@ -34,6 +35,9 @@ class Verdict:
     """told to the model"""
     run_id: str = ""
     """of the run that asked; with it, the verdict holds for that run and no other"""
+
+    def __post_init__(self) -> None:
+        require("the answer of a Verdict", self.answer, TEXT)
 
     @property
     def denies(self) -> bool:
@@ -94,6 +98,15 @@ class ApprovalHook:
             self._open[run_id] = tuple(requests)
         else:
             self._open.pop(run_id, None)
+
+
+def answer_of(answer: Any, options: Sequence[str]) -> str:
+    """Return the option that an `approval_handler` chose.  Raises ConfigError for what is none of them."""
+    said = _YES_NO[answer] if isinstance(answer, bool) else answer
+    if not isinstance(said, str) or said not in options:
+        known = [*map(repr, options), *(["True", "False"] if tuple(options) == OPTIONS else [])]
+        raise ConfigError(f"the approval_handler answered {shown(answer)}; it may answer {' or '.join(known)}")
+    return str(said)
 
 
 Verdicts: TypeAlias = "str | bool | Verdict | Mapping[str, Any] | Sequence[Verdict]"

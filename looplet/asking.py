@@ -9,19 +9,21 @@ from functools import partial
 from typing import Any, Final
 
 from looplet.backends.adapter import clean_text
+from looplet.compact_outcome import CompactOutcome
 from looplet.compacting import compact, compact_if_due
-from looplet.compaction import OVERFLOW, CompactOutcome
-from looplet.errors import BudgetExhausted, ContextOverflow, ErrorKind, LoopletError, ToolError, words_of
+from looplet.compaction import OVERFLOW
+from looplet.errors import BudgetExhausted, ConfigError, ContextOverflow, ErrorKind, LoopletError, ToolError, words_of
 from looplet.events import LifecycleEvent, slot
+from looplet.frozen import quickly_made
+from looplet.hooks import REWRITES, BoundMethod
 from looplet.memory import refresh_memory
-from looplet.message_log import LoggedRequest
 from looplet.messages import Message, clean_part
 from looplet.modelcall import Request, ask
 from looplet.parsing import ParseFailure, parse_tool_calls
 from looplet.plan import Effects
-from looplet.prompt import Prompt, render, reread_task
+from looplet.prompt import Prompt, reread_task
 from looplet.scope import RunScope
-from looplet.steering import announce, consult, consult_raw
+from looplet.steering import announce, consult, consult_raw, record_results
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tools import failure
@@ -30,6 +32,7 @@ from looplet.types import Reply, Step, ToolCall
 logger = logging.getLogger("looplet")
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A reply as the loop goes on with it."""
@@ -51,29 +54,34 @@ CUT_CALL: Final = "your reply was cut off at the output limit, in the middle of 
 def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     """Return the messages to send, after every hook had its say."""
     with turn.phase(semconv.PRE_PROMPT) as phase:
-        run.briefed = []
-        yield from refresh_memory(run, phase)
+        outgoing = run.outgoing
+        outgoing.briefed = []
+        unseen, run.unseen = run.unseen, []
+        if run.config.memory_sources:
+            yield from refresh_memory(run, phase)
         yield from compact_if_due(run, phase)
         rewritten: Sequence[Message] | None = None
         for bound in run.hooks.of("pre_prompt"):
             if run.context is not None:
                 yield from consult(run, phase, bound, run.state, run.session_log, run.context, _next_step(run))
                 continue
-            prompt = _prompt(run, rewritten)
+            prompt = outgoing.prompt(rewritten)
             taken: list[Sequence[Message]] = []
             ask = partial(bound.function, run.state, run.session_log, prompt, _next_step(run))
             yield from consult_raw(run, phase, bound, ask, partial(_take, run, prompt, taken))
             if taken:
-                _place_task(run, prompt)
+                _check_promise(bound)
                 rewritten = taken[0]
-                _take_briefing(run)
+                outgoing.take_briefing()
         if rewritten is not None:
             run.rewrites = run.trace.withhold_results = True
             phase.put({semconv.REQUEST_REWRITTEN: True})
+        record_results(run, phase, unseen)
         if run.hooks.of(slot(LifecycleEvent.PRE_LLM_CALL)):
-            yield from announce(run, phase, LifecycleEvent.PRE_LLM_CALL, prompt=_new_text(run, rewritten))
-        messages = _request(run, rewritten)
-        _take_briefing(run)
+            text = outgoing.new_text(rewritten, whole=run.rewrites)
+            yield from announce(run, phase, LifecycleEvent.PRE_LLM_CALL, prompt=text)
+        messages = outgoing.request(rewritten)
+        outgoing.take_briefing()
         return messages
 
 
@@ -91,7 +99,7 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
             if run.stop is not None:
                 return None
             answer = yield from _ask_again(run, turn, messages, outcome)
-        return (yield from _continue(run, turn, messages, answer))
+        return (yield from _continue(run, turn, messages, answer)) if answer.is_cut else answer
     except BudgetExhausted as error:
         run.exhaust(error.limit)
         return Answer(Reply(), error=error)
@@ -123,9 +131,10 @@ def _continue(run: RunScope, turn: Phase, messages: Sequence[Message], answer: A
 
 
 def _ask(run: RunScope, turn: Phase, messages: Sequence[Message], before: str = "") -> Effects[Answer]:
-    first, run.model_calls = run.model_calls == 0, run.model_calls + 1
-    late = partial(_record_late_task, run, messages) if first and run.asks_rewriters else None
-    request = Request(messages, partial(_log, run, messages), tools=run.tools)
+    outgoing = run.outgoing
+    late = partial(_record_late_task, run, messages) if run.asks_rewriters and not outgoing.count else None
+    outgoing.count += 1
+    request = Request(messages, partial(outgoing.number, messages, is_rewritten=run.rewrites), tools=run.tools)
     return (yield from ask(run, turn, request, partial(_read, run, before), late))
 
 
@@ -139,7 +148,7 @@ def _shorten(run: RunScope, turn: Phase, error: ContextOverflow) -> Effects[Comp
         raise ContextOverflow(
             f"{error}; compaction could not make the conversation shorter", status=error.status
         ) from error
-    run.briefing = [*run.briefed, *run.briefing]
+    run.outgoing.briefing = [*run.outgoing.briefed, *run.outgoing.briefing]
     return outcome
 
 
@@ -166,7 +175,7 @@ def remember(run: RunScope, answer: Answer) -> None:
 
 def facts_of(run: RunScope, answer: Answer) -> dict[str, Any]:
     """Return what hooks are told of an answer."""
-    return {"prompt": run.turn_prompt, "raw_response": answer.reply.text, "usage": answer.reply.usage}
+    return {"prompt": run.outgoing.text, "raw_response": answer.reply.text, "usage": answer.reply.usage}
 
 
 def error_step(run: RunScope, answer: Answer) -> Step:
@@ -176,49 +185,17 @@ def error_step(run: RunScope, answer: Answer) -> Step:
         call, error = ToolCall("__llm_error__"), ToolError(words, kind=ErrorKind.EXECUTION)
     else:
         call, error = ToolCall("__parse_error__"), ToolError(answer.problem, kind=ErrorKind.PARSE, retriable=True)
-    return Step(_next_step(run), call, failure(call, error), run.claim_usage(), run.turn_prompt)
+    return Step(_next_step(run), call, failure(call, error), run.ledger.claim(), run.outgoing.text)
 
 
 def _next_step(run: RunScope) -> int:
     return len(run.state.steps) + 1
 
 
-def _request(run: RunScope, rewritten: Sequence[Message] | None) -> Sequence[Message]:
-    """Return the messages about to be sent, what hooks added so far included."""
-    if rewritten is None:
-        return run.conversation.view(run.head, _briefing(run.briefing))
-    return [*rewritten, *_briefing(run.briefing)]
-
-
-def _new_text(run: RunScope, rewritten: Sequence[Message] | None) -> str:
-    """Return the text of what the request at hand has more than the last one, all of it where hooks rewrite."""
-    is_longer = not run.rewrites and run.logged_edits == run.conversation.edits
-    first = run.logged_prefix if is_longer else 0
-    return render(_request(run, rewritten)[first:], first)
-
-
-def _prompt(run: RunScope, rewritten: Sequence[Message] | None) -> Prompt:
-    request = _request(run, rewritten)
-    if rewritten is not None:
-        return Prompt.of(request)
-    stable = len(run.head) + len(run.conversation)
-    return run.shown.prompt(request, stable=stable, edits=run.conversation.edits)
-
-
-def _place_task(run: RunScope, prompt: Prompt) -> None:
-    """Note where in the run's first request the task is, before a hook has rewritten it."""
-    if not run.model_calls and run.task_position is None:
-        run.task_position = next((at for at, m in enumerate(prompt.messages) if m is run.task_message), None)
-
-
-def _briefing(texts: Sequence[str]) -> tuple[Message, ...]:
-    return (Message.of_text("user", "\n\n".join(dict.fromkeys(texts))),) if texts else ()
-
-
-def _take_briefing(run: RunScope) -> None:
-    """Note that the request at hand says what hooks have said so far."""
-    run.briefed += run.briefing
-    run.briefing = []
+def _check_promise(bound: BoundMethod) -> None:
+    """Raise ConfigError for a hook that rewrites although it said it would not: the trace has relied on its word."""
+    if bound.rewrites is False:
+        raise ConfigError(f"{bound.hook}.pre_prompt rewrote the request, but {bound.hook} says {REWRITES} = False")
 
 
 def _take(run: RunScope, prompt: Prompt, taken: list[Sequence[Message]], value: Any) -> bool:
@@ -238,28 +215,12 @@ def _cleaned(run: RunScope, old: Message, new: Message) -> Message:
     return Message(new.role, tuple(n if n is o else clean_part(n, run.boundary.clean) for o, n in parts))
 
 
-def _log(run: RunScope, messages: Sequence[Message]) -> LoggedRequest:
-    """Number the messages of a request that is about to be sent."""
-    if run.rewrites:
-        logged = run.log.request(messages)
-    else:
-        stable = len(run.head) + len(run.conversation)
-        unchanged = run.logged_prefix if run.logged_edits == run.conversation.edits else 0
-        run.logged_prefix, run.logged_edits = stable, run.conversation.edits
-        logged = run.log.request(messages, unchanged=unchanged, stable=stable)
-    run.turn_prompt = render(logged.new, logged.first)
-    return logged
-
-
 def _record_late_task(run: RunScope, messages: Sequence[Message], phase: Phase) -> None:
     """Record the task with the first request when a hook may rewrite it: not before the hook has seen it."""
     run.recorded_task = run.task
-    if run.rewrites:
-        sent = None if run.task_position is None else messages[run.task_position]
-        if sent is None:  # taken out of the conversation before anybody could rewrite it
-            run.recorded_task = {}
-        elif sent is not run.task_message:
-            run.recorded_task = reread_task(sent.text, run.task)
+    if run.rewrites and not any(message is run.outgoing.task for message in messages):
+        at = run.outgoing.task_position  # None: taken out of the conversation before anybody could rewrite it
+        run.recorded_task = {} if at is None else reread_task(messages[at].text, run.task)
     phase.put(attributes.of_task(run.recorded_task))
 
 
@@ -268,12 +229,12 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
     if reply.usage is not None and not before:
         run.conversation.calibrate(reply.usage.input_tokens)
     calls: Sequence[ToolCall] = reply.tool_calls
-    known, is_cut = run.tools.tool_names, reply.finish_reason == CUT
-    # what is redacted piece by piece may hold a secret when it is put together
-    whole = replace(reply, text=clean_text(before + reply.text, run.boundary, known)) if before else reply
+    is_cut, whole = reply.finish_reason == CUT, reply
+    if before:  # what is redacted piece by piece may hold a secret when it is put together
+        whole = replace(reply, text=clean_text(before + reply.text, run.boundary, run.tools.tool_names))
     if not calls:
         try:
-            calls = parse_tool_calls(whole.text, known, is_cut=is_cut)
+            calls = parse_tool_calls(whole.text, run.tools.tool_names, is_cut=is_cut)
         except ParseFailure as error:
             if is_cut and reply.text:
                 return reply, Answer(whole, problem=str(error), is_cut=True)
@@ -281,7 +242,7 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
     elif is_cut and "_raw_arguments" in calls[-1].args:
         return reply, _unparsed(run, phase, replace(whole, tool_calls=()), CUT_CALL)
     run.parse_failures = 0
-    named = tuple(_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run)))
+    named = tuple([_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run))])
     if reply.tool_calls:
         told = reply if named == reply.tool_calls else replace(reply, tool_calls=named)
         return told, Answer(replace(whole, tool_calls=named) if before else told)
@@ -290,7 +251,8 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
 
 def _no_call(run: RunScope) -> str:
     names, done = ", ".join(run.tools.tool_names), run.config.done_tool
-    return f"your reply calls no tool, and only tool calls do anything; call one of {names}; to finish, call {done}"
+    finish = f"; to finish, call {done}" if done in run.tools else ""
+    return f"your reply calls no tool, and only tool calls do anything; call one of {names}{finish}"
 
 
 def _unparsed(run: RunScope, phase: Phase, reply: Reply, problem: str) -> Answer:
@@ -305,7 +267,7 @@ def _count_parse_failure(run: RunScope, phase: Phase) -> None:
 
 def _with_own_id(run: RunScope, call: ToolCall, number: int) -> ToolCall:
     late = run.trace.recorder.late
-    call_id = run.unique_call_id(call.call_id if late is None else late.text(call.call_id), number)
+    call_id = run.call_ids.unique(call.call_id if late is None else late.text(call.call_id), number)
     if call_id == call.call_id:
         return call
     return ToolCall(call.tool, call.args, call.reasoning, call_id, call.metadata)  # `replace` takes four times as long

@@ -6,15 +6,17 @@ Whatever is awaited sees the context variables it was started with, and nobody e
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context as ContextVars
 from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from looplet.plan import CallTimeout, Wait
+from looplet.cancel import CancelToken
+from looplet.plan import CallCancelled, CallTimeout, Escaped, Wait
 from looplet.threads import Job, Worker
 
 if TYPE_CHECKING:
@@ -31,9 +33,10 @@ def is_awaitable(value: Any) -> bool:
 
 
 def discard(value: Any) -> None:
-    """Close a coroutine that nobody will await."""
-    if inspect.iscoroutine(value):
-        value.close()
+    """Close a coroutine, or what a method of an async generator returns, that nobody will await."""
+    if isinstance(value, Coroutine):
+        with suppress(RuntimeError):  # an async generator that awaits while it is being closed
+            value.close()
 
 
 def start_task(loop: asyncio.AbstractEventLoop, value: Awaitable[Any], variables: ContextVars) -> asyncio.Task[Outcome]:
@@ -46,6 +49,8 @@ def start_task(loop: asyncio.AbstractEventLoop, value: Awaitable[Any], variables
 async def _outcome(value: Awaitable[Any]) -> Outcome:
     try:
         return await value, None
+    except GeneratorExit as error:
+        return None, Escaped(error)
     except BaseException as error:  # noqa: BLE001 - handed to the one who waits
         return None, error
 
@@ -127,6 +132,43 @@ async def awaited(value: Awaitable[Any], variables: ContextVars, timeout_s: floa
     return result
 
 
+async def unless_cancelled(call: Coroutine[Any, Any, Any], token: CancelToken) -> Any:
+    """Await `call`; it is cancelled, as its task would cancel it, when the token is, and `CallCancelled` is raised."""
+    import asyncio
+
+    if asyncio.current_task() is None:  # stepped by hand
+        return await call
+    loop = asyncio.get_running_loop()
+    scope = asyncio.timeout(None)
+
+    def interrupt() -> None:
+        with suppress(RuntimeError):  # it has come back
+            scope.reschedule(loop.time())
+
+    forget = None
+    try:
+        async with scope:
+            forget = token.on_cancel(partial(_call_soon, loop, interrupt))
+            return await call
+    except TimeoutError:
+        if scope.expired():
+            raise CallCancelled from None
+        raise
+    finally:
+        if forget is not None:
+            forget()
+
+
+def is_cancelled_here() -> bool:
+    """Tell whether somebody has cancelled the task that runs this; a CancelledError in any other is somebody else's."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        task = asyncio.current_task() if asyncio is not None else None
+    except RuntimeError:
+        return False
+    return task is None or task.cancelling() > 0
+
+
 def begin_in(
     loop: asyncio.AbstractEventLoop, make: Callable[[], Awaitable[Any]], variables: ContextVars
 ) -> tuple[Job, Callable[[], None]]:
@@ -179,9 +221,15 @@ class InContext:
                 future = run(resume, value)
             except StopIteration as stop:
                 return stop.value
+            except GeneratorExit as error:
+                if isinstance(value, GeneratorExit):
+                    raise
+                raise Escaped(error) from error
             try:
                 value, resume = (yield future), inner.send
-            except BaseException as error:  # noqa: BLE001 - relayed into the awaitable, GeneratorExit included
+            except BaseException as error:  # relayed into the awaitable, GeneratorExit included
+                if inspect.getcoroutinestate(inner) == inspect.CORO_CLOSED:  # by the garbage collector, before this
+                    raise
                 value, resume = error, inner.throw
 
 
@@ -194,6 +242,7 @@ class PrivateLoop:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
         self._closed = False
+        self._stopped = False
         self._worker = Worker()
         self._serving = Job(self._serve)
         self._worker.submit(self._serving)
@@ -234,16 +283,20 @@ class PrivateLoop:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop.call_soon_threadsafe(self._stop)
         self._worker.abandon()
         with suppress(CallTimeout):
             self._serving.wait_done(wait_s)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._loop.stop()
 
     def _serve(self) -> None:
         import asyncio
 
         try:
-            while not self._closed:
+            while not self._stopped:  # by the loop itself: what was started before it stops has been started
                 with suppress(KeyboardInterrupt, SystemExit):  # of a tool's own task; whoever awaits it gets it too
                     self._loop.run_forever()
             pending = asyncio.all_tasks(self._loop)

@@ -66,7 +66,7 @@ class BaseRun(Generic[ExecutorT]):
     @property
     def pending(self) -> Sequence[ApprovalRequest]:
         """Return the calls that a paused run waits for a human to approve."""
-        return tuple(self._scope.requests)
+        return tuple(self._scope.approvals.requests)
 
     @property
     def paused(self) -> Paused | None:
@@ -102,8 +102,8 @@ class BaseRun(Generic[ExecutorT]):
         if self._driving:
             raise ConfigError("this run is being iterated already; one step at a time")
         if not self._started:
-            if self._scope.claim is not None:
-                self._scope.claim()
+            if self._scope.approvals.claim is not None:
+                self._scope.approvals.claim()
             self._started = True
             _open_runs[id(self)] = weakref.ref(self)
         self._thread = threading.get_ident()
@@ -113,13 +113,14 @@ class BaseRun(Generic[ExecutorT]):
         return os.getpid() != self._pid
 
     def _require_own_process(self) -> None:
-        if self._inherited:
+        if os.getpid() != self._pid:
             raise ConfigError("this run belongs to the parent process; start a new one after the fork")
 
     def _ask_to_close(self, reason: str) -> None:
         """Have the run left as soon as what is going on has come back, and tell the tools that work."""
-        self._asked_to_close = self._scope.leaving_as = reason
-        self._scope.cancel_token.cancel(reason)
+        if self._asked_to_close is None:
+            self._asked_to_close = self._scope.leaving_as = reason
+        self._scope.cancel_token.cancel(self._asked_to_close)
 
     def _advance(self, resume: Callable[[Any], Any], value: Any) -> Any:
         """Resume the plan; return what it asks for next, after a close that somebody asked for meanwhile."""

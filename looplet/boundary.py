@@ -46,10 +46,8 @@ class Boundary:
 
     def clean(self, value: Any) -> Any:
         """Return the recordable, redacted form of any value.  Never raises."""
-        if value is None or value is True or value is False:
-            return value
-        if type(value) is str:
-            return self.text(value)
+        if type(value) is dict and not value:
+            return {}
         return self._clean(value, ())
 
     def text(self, value: str) -> str:

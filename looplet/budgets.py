@@ -17,8 +17,9 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Final
+from typing import Final
 
+from looplet.arguments import NUMBER, Kind, require, strict_names, whole
 from looplet.errors import ConfigError
 from looplet.ledger import Ledger
 
@@ -29,9 +30,12 @@ ACTING: Final = ("seconds", "steps", "tool_calls")
 _UNKNOWN: Final = {"tokens": "unreported", "usd": "unpriced"}
 """limit -> the calls that it cannot count"""
 
+AMOUNT: Final = Kind("a number from 0", lambda value: NUMBER.fits(value) and 0 <= value < math.inf)
+
 logger = logging.getLogger("looplet")
 
 
+@strict_names()
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Limits of a run, its sub-agents included; None is no limit.  Raises ConfigError for one that can mean nothing."""
@@ -51,7 +55,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, limit in self.limits.items():
-            _check(name, limit)
+            require(f"budget {name}", limit, AMOUNT if name in ("usd", "seconds") else whole(0))
         if not self.limits:
             raise ConfigError(
                 f"a budget without a limit limits nothing; name one of {', '.join(f.name for f in fields(self))}, "
@@ -65,19 +69,12 @@ class Budget:
         return {name: limit for name, limit in told.items() if limit is not None}
 
 
-def _check(name: str, limit: Any) -> None:
-    whole = name not in ("usd", "seconds")
-    number = isinstance(limit, int) or (not whole and isinstance(limit, float) and math.isfinite(limit))
-    if isinstance(limit, bool) or not number or limit < 0:
-        kind = "a whole number" if whole else "a number"
-        raise ConfigError(f"budget {name} must be {kind} from 0, not {limit!r}")
-
-
 class BudgetCap:
     """A `Budget` for `hooks=[...]`; `LoopConfig(budget=...)` takes the `Budget` itself.  Several all count."""
 
     __slots__ = ("looplet_budget",)
 
+    @strict_names()
     def __init__(
         self,
         tokens: int | None = None,
@@ -124,6 +121,11 @@ class Guard:
         self._blind = {name: calls for name, calls in _UNKNOWN.items() if name in self.limits}
 
     @property
+    def limited(self) -> list[str]:
+        """Return the names of the limits that the run has, those of the runs above included."""
+        return list(dict.fromkeys(name for level in self.levels for name in level.limits))
+
+    @property
     def elapsed_s(self) -> float:
         """Return how long the run has gone on; the time in which it was paused does not count."""
         return self._earlier_s + (0.0 if self._began is None else self._clock() - self._began)
@@ -139,25 +141,23 @@ class Guard:
         """
         if self._began is None:
             self._began = self._clock()
+        if not self.levels:
+            return None
         self._complain()
         return self._used_up((*ASKING, *ACTING))
 
     def take_model_call(self) -> str | None:
         """Count a model call that is about to begin, or return the limit that forbids it."""
-        with self.ledger.lock:
-            if (name := self._used_up(ASKING)) is None:
-                self.ledger.count_model_call()
-            return name
+        return self._take(ASKING, self.ledger.count_model_call)
 
     def take_tool_call(self) -> str | None:
         """Count a tool call that is about to run, or return the limit that forbids it."""
-        with self.ledger.lock:
-            if (name := self._used_up(ACTING)) is None:
-                self.ledger.count_tool()
-            return name
+        return self._take(ACTING, self.ledger.count_tool)
 
     def calls_left(self) -> int | None:
         """Return how many tool calls may be begun now, None when no limit says."""
+        if not self.levels:
+            return None
         if self._used_up(("seconds",)) is not None:
             return 0
         left = [room for name, room in self.remaining().items() if name in ("steps", "tool_calls")]
@@ -193,6 +193,16 @@ class Guard:
         found = {name: getattr(counts, _UNKNOWN[name]) for name in self.limits if name in _UNKNOWN}
         return {name: calls for name, calls in found.items() if calls}
 
+    def _take(self, names: Collection[str], count: Callable[[], None]) -> str | None:
+        """Count, or return which of the limits forbids it."""
+        if not self.levels:
+            count()
+            return None
+        with self.ledger.lock:
+            if (name := self._used_up(names)) is None:
+                count()
+            return name
+
     def _used_up(self, names: Collection[str]) -> str | None:
         for level in self.levels:
             for name, limit in level.limits.items():
@@ -214,9 +224,10 @@ class Guard:
                 self._blind.pop(name, None)
                 logger.warning(
                     "looplet: the budget of %s cannot count model calls that are %s, and there are some; "
-                    "limit model_calls as well",
+                    "%slimit model_calls as well",
                     name,
                     problem,
+                    "say what they cost (price= of the backend), or " if name == "usd" else "",
                 )
 
 

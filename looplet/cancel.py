@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Final
 
 from looplet.errors import ErrorKind, ToolError
+from looplet.latch import Latch
 
 CANCEL_KEY: Final = "looplet.cancel"
 """the OpenTelemetry context key under which a run that a tool starts finds the token of the tool's call"""
@@ -19,10 +19,12 @@ class CancelToken:
     has no lock, every step of it is one that Python makes as a whole.
     """
 
-    __slots__ = ("_callbacks", "_hung", "_is_cancelled", "_parents", "_reason")
+    __slots__ = ("_callbacks", "_hung", "_is_cancelled", "_parents", "_reason", "is_given")
 
     def __init__(self, *parents: CancelToken) -> None:
         self._parents = parents
+        self.is_given: bool = not parents or any([parent.is_given for parent in parents])  # noqa: C419
+        """somebody outside of the engine holds this token or one above it"""
         self._reason = ""
         self._is_cancelled = False
         self._callbacks: dict[Callable[[], object], None] = {}
@@ -33,7 +35,9 @@ class CancelToken:
     @property
     def is_cancelled(self) -> bool:
         """Tell whether this token, or one above it, was cancelled."""
-        return self._is_cancelled or any(parent.is_cancelled for parent in self._parents)
+        if self._is_cancelled or not self._parents:
+            return self._is_cancelled
+        return any([parent.is_cancelled for parent in self._parents])  # noqa: C419 - a generator takes twice as long
 
     @property
     def reason(self) -> str:
@@ -62,17 +66,23 @@ class CancelToken:
         if self.is_cancelled:
             raise ToolError("the run was cancelled", kind=ErrorKind.CANCELLED)
 
+    @classmethod
+    def of_run(cls, *parents: CancelToken) -> CancelToken:
+        """Return the token of a run: without parents, nobody but the run itself can cancel it."""
+        token = cls(*parents)
+        token.is_given = token.is_given and bool(parents)
+        return token
+
     def child(self) -> CancelToken:
         """Return a token that is cancelled with this one, and alone."""
         return CancelToken(self)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the token is cancelled, for at most `timeout_s` seconds; tell whether it was."""
-        gate = threading.Lock()
-        gate.acquire()
-        forget = self._hang(_Once(gate.release))
+        latch = Latch()
+        forget = self._hang(_Once(latch.open))
         try:
-            gate.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
+            latch.wait(timeout_s)
         finally:
             forget()
         return self.is_cancelled

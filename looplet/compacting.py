@@ -6,15 +6,8 @@ import inspect
 from functools import partial
 from typing import Any, Final
 
-from looplet.compaction import (
-    OVERFLOW,
-    ClipToolResults,
-    CompactOutcome,
-    PruneToolResults,
-    TruncateCompact,
-    compact_chain,
-    measured,
-)
+from looplet.compact_outcome import CompactOutcome, Snapshot, measured
+from looplet.compaction import OVERFLOW, ClipToolResults, PruneToolResults, TruncateCompact, compact_chain
 from looplet.events import LifecycleEvent
 from looplet.handle import handle_of
 from looplet.plan import INLINE, SERIAL, Effects
@@ -46,20 +39,22 @@ def compact(run: RunScope, above: Phase, reason: str) -> Effects[CompactOutcome 
     service = _service(run, reason)
     talk = run.conversation
     _mark_task(run)
-    before = len(talk), talk.tokens
     outcome = None
     with above.phase(semconv.COMPACT) as phase:
-        if not (yield from _is_refused(run, phase, before[0])):
+        is_refused = yield from _is_refused(run, phase, len(talk))
+        before = Snapshot.of(talk)
+        if not is_refused:
             try:
                 told = yield from _ask(run, phase, service, reason)
                 outcome = measured(told, service, talk, reason, before)
             except Exception as error:  # noqa: BLE001 - services are foreign code, and the run can go on without
+                before.undo_damage(talk)
                 phase.fail_with(error)
-        _record(run, phase, service, outcome or CompactOutcome(reason, before[0], len(talk), before[1], talk.tokens))
+        known = outcome or CompactOutcome(reason, len(before.messages), len(talk), before.tokens, talk.tokens)
+        _record(run, phase, service, known)
+        counts = {"messages_before": known.messages_before, "messages_after": known.messages_after}
         extra = {"reason": reason, "outcome": outcome}
-        yield from announce(
-            run, phase, LifecycleEvent.POST_COMPACT, messages_before=before[0], messages_after=len(talk), extra=extra
-        )
+        yield from announce(run, phase, LifecycleEvent.POST_COMPACT, **counts, extra=extra)
     return outcome
 
 
@@ -98,7 +93,7 @@ def _fitting_tokens(run: RunScope) -> int:
 def _mark_task(run: RunScope) -> None:
     """Say which message is the run's task, where the conversation of another run stands before it."""
     shown = render_task(run.task)
-    run.conversation.task = run.task_message or next((m for m in run.conversation if m.text == shown), None)
+    run.conversation.task = run.outgoing.task or next((m for m in run.conversation if m.text == shown), None)
 
 
 def _is_refused(run: RunScope, phase: Phase, messages: int) -> Effects[bool]:
@@ -128,7 +123,7 @@ def _ask(run: RunScope, phase: Phase, service: Any, reason: str) -> Effects[Any]
 
 def _is_withheld(run: RunScope) -> bool:
     """Tell whether a `pre_prompt` hook rewrites requests: then no model may see the conversation as it is."""
-    return run.rewrites or (run.asks_rewriters and not run.model_calls)
+    return run.rewrites or (run.asks_rewriters and not run.outgoing.count)
 
 
 def _record(run: RunScope, phase: Phase, service: Any, outcome: CompactOutcome) -> None:
@@ -149,4 +144,4 @@ def _record(run: RunScope, phase: Phase, service: Any, outcome: CompactOutcome) 
         phase.put({semconv.COMPACT_WARNINGS: list(outcome.warnings)})
     if outcome.compacted:
         counts = {"messages_before": outcome.messages_before, "messages_after": outcome.messages_after}
-        run.tell(CompactionEvent, reason=outcome.reason, **counts)
+        run.emit(CompactionEvent, reason=outcome.reason, **counts)

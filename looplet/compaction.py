@@ -3,6 +3,7 @@
 A service is an object with `compact(*, state, session_log, llm, conversation, step_num, reason)`, a plain method or
 `async def`.  It edits with `conversation.replace(messages)` and returns a `CompactOutcome`, or None when there was
 nothing to do.  `llm` asks the run's own model: blocking for a plain method, to be awaited in an `async def`.
+In a chain, a service with a parameter `before` also gets the messages as they were before the chain.
 
 All services here keep the task, the order of the messages, and each tool call together with its result; and they leave
 a conversation alone that they would not make smaller by a tenth, because an edit costs the provider's prompt cache.
@@ -11,12 +12,14 @@ a conversation alone that they would not make smaller by a tenth, because an edi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Protocol, TypeAlias
+from collections.abc import Awaitable, Collection, Sequence
+from typing import Any, Final, Protocol
 
+from looplet.arguments import require, whole
 from looplet.clipping import clip_result
-from looplet.errors import ConfigError, LoopletError
+from looplet.compact_outcome import CompactOutcome, Snapshot, measured, warned
+from looplet.driving import Asking, drive
+from looplet.errors import ConfigError, ContextOverflow, LoopletError
 from looplet.messages import Conversation, Message
 from looplet.prompt import render
 from looplet.tokens import size_of_all
@@ -37,34 +40,6 @@ SUMMARY_PROMPT: Final = (
 )
 _QUOTED_CHARS: Final = 2_000
 """how much of one tool result the summary is made from"""
-
-
-@dataclass(frozen=True, slots=True)
-class CompactOutcome:
-    """What a compaction came to."""
-
-    reason: str
-    """what asked for it: `threshold`, `overflow`, or the name of a hook"""
-    messages_before: int
-    messages_after: int
-    tokens_before: int
-    """of the next request, estimated (`Conversation.tokens`)"""
-    tokens_after: int
-    summary: str = ""
-    stages: tuple[str, ...] = ()
-    """the services that changed something, in order"""
-    warnings: tuple[str, ...] = ()
-    """what did not work"""
-
-    @property
-    def compacted(self) -> bool:
-        """Tell whether the next request is smaller."""
-        return self.tokens_after < self.tokens_before
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the outcome as a JSON-like dict."""
-        told = asdict(self)
-        return {**told, "stages": list(self.stages), "warnings": list(self.warnings), "compacted": self.compacted}
 
 
 class CompactService(Protocol):
@@ -141,7 +116,8 @@ class TruncateCompact:
 class SummarizeCompact:
     """Has the model write a summary in the place of everything but the task and the last `keep_recent` turns.
 
-    The summary stands after the task.  When the model fails, the turns go without one, and the outcome says so.
+    The summary stands after the task.  When the model fails, the turns go without one, and the outcome says so.  In a
+    chain it is written from the conversation as it was before the chain: what another stage has cleared is in it.
     """
 
     def __init__(
@@ -156,25 +132,39 @@ class SummarizeCompact:
         self.summary_max_chars = _count("summary_max_chars", summary_max_chars)
         self.summary_max_tokens = _count("summary_max_tokens", summary_max_tokens)
 
-    def compact(self, *, conversation: Conversation, llm: Any, reason: str = "", **_: Any) -> Any:
+    def compact(
+        self,
+        *,
+        conversation: Conversation,
+        llm: Any,
+        reason: str = "",
+        before: Sequence[Message] | None = None,
+        **_: Any,
+    ) -> Any:
         """Summarise; where `llm` has to be awaited, return something to await."""
-        return _drive(self._plan(conversation, llm, reason))
+        return drive(self._plan(conversation, llm, reason, before))
 
-    def _plan(self, conversation: Conversation, llm: Any, reason: str) -> _Plan:
+    def _plan(
+        self, conversation: Conversation, llm: Any, reason: str, before: Sequence[Message] | None
+    ) -> Asking[CompactOutcome | None]:
         old, recent = split(conversation, self.keep_recent)
         task = task_of(conversation)
         kept = [m for m in old if m is task or m.role == "system"]
         gone = [m for m in old if m is not task and m.role != "system"]
         if all(map(is_summary, gone)) or not _is_worthwhile(size_of_all(gone), conversation, reason):
             return None
+        whole = [m for m in split(before or (), self.keep_recent)[0] if m is not task and m.role != "system"]
         try:
-            said = yield self._ask(llm, task, gone)
+            try:
+                said = yield self._ask(llm, task, whole or gone)
+            except ContextOverflow:
+                said = yield self._ask(llm, task, gone)
             text = cut(_text_of(said), self.summary_max_chars)
         except Exception as error:  # noqa: BLE001 - whatever a model raises, the conversation must become shorter
             outcome = TruncateCompact(self.keep_recent).compact(conversation=conversation, reason=reason)
-            return _warn(outcome, conversation, reason, f"{_name(self)}: no summary ({type(error).__name__})")
+            return warned(outcome, conversation, reason, f"{_name(self)}: no summary ({type(error).__name__})")
         outcome = _edit(conversation, [*kept, summary_message(text), *recent], reason, self, summary=text)
-        return outcome or _warn(None, conversation, reason, f"{_name(self)}: the summary was no shorter")
+        return outcome or warned(None, conversation, reason, f"{_name(self)}: the summary was no shorter")
 
     def _ask(self, llm: Any, task: Message | None, gone: Sequence[Message]) -> Any:
         goal = f"THE TASK\n{task.text}\n\n" if task is not None else ""
@@ -214,24 +204,31 @@ class Chain:
         self.stages = tuple(stages)
         self.target_tokens = None if target_tokens is None else _count("target_tokens", target_tokens)
 
-    def compact(self, *, conversation: Conversation, reason: str = "", **given: Any) -> Any:
-        """Ask the stages."""
-        return _drive(self._plan(conversation, reason, given))
+    def compact(
+        self, *, conversation: Conversation, reason: str = "", before: Sequence[Message] | None = None, **given: Any
+    ) -> Any:
+        """Ask the stages; those that take `before` get the messages that the first of them got."""
+        return drive(self._plan(conversation, reason, list(conversation) if before is None else before, given))
 
-    def _plan(self, conversation: Conversation, reason: str, given: dict[str, Any]) -> _Plan:
+    def _plan(
+        self, conversation: Conversation, reason: str, first: Sequence[Message], given: dict[str, Any]
+    ) -> Asking[CompactOutcome | None]:
         messages, tokens = len(conversation), conversation.tokens
         target = tokens // 2 if self.target_tokens is None else self.target_tokens
         outcomes, failure = [], None
         for stage in self.stages:
             if conversation.tokens <= target:
                 break
-            before = len(conversation), conversation.tokens
+            before = Snapshot.of(conversation)
             try:
-                told = yield stage.compact(conversation=conversation, reason=reason, **given)
+                more = {**given, "before": first} if _takes_before(stage) else given
+                told = yield stage.compact(conversation=conversation, reason=reason, **more)
+                outcomes.append(measured(told, stage, conversation, reason, before))
             except Exception as error:  # noqa: BLE001 - a service is foreign code; the next one may do better
                 failure = failure or error
-                told = _warn(None, conversation, reason, f"{_name(stage)}: {type(error).__name__}")
-            outcomes.append(measured(told, stage, conversation, reason, before))
+                before.undo_damage(conversation)
+                told = warned(None, conversation, reason, f"{_name(stage)}: {type(error).__name__}")
+                outcomes.append(measured(told, stage, conversation, reason, before))
         made = [outcome for outcome in outcomes if outcome is not None]
         if failure is not None and conversation.tokens >= tokens:
             raise failure
@@ -252,9 +249,11 @@ class Chain:
 class AsyncChain(Chain):
     """`Chain` with a stage that is `async def`."""
 
-    async def compact(self, *, conversation: Conversation, reason: str = "", **given: Any) -> CompactOutcome | None:
+    async def compact(
+        self, *, conversation: Conversation, reason: str = "", before: Sequence[Message] | None = None, **given: Any
+    ) -> CompactOutcome | None:
         """Ask the stages."""
-        outcome = super().compact(conversation=conversation, reason=reason, **given)
+        outcome = super().compact(conversation=conversation, reason=reason, before=before, **given)
         told: CompactOutcome | None = await outcome if inspect.isawaitable(outcome) else outcome
         return told
 
@@ -265,62 +264,6 @@ def check_service(service: Any) -> None:
         raise ConfigError(f"a compaction service is an object: write {service.__name__}(), not the class")
     if not callable(getattr(service, "compact", None)):
         raise ConfigError(f"{_name(service)} is no compaction service, it has no method compact; Prune() is one")
-
-
-def measured(
-    told: Any, service: Any, conversation: Conversation, reason: str, before: tuple[int, int]
-) -> CompactOutcome | None:
-    """Return what a service did, with our own numbers; `before`: messages and tokens.  None when it did nothing.
-
-    Raises LoopletError for an answer that is no outcome.
-    """
-    if told is not None and not isinstance(told, CompactOutcome):
-        raise LoopletError(f"{_name(service)}.compact returned {type(told).__name__}; it may return a CompactOutcome")
-    after = len(conversation), conversation.tokens
-    if told is None and after == before:
-        return None
-    did = after != before
-    stages = told.stages if told is not None and told.stages else (_name(service),) if did else ()
-    return CompactOutcome(
-        reason,
-        before[0],
-        after[0],
-        before[1],
-        after[1],
-        told.summary if told is not None else "",
-        stages,
-        told.warnings if told is not None else (),
-    )
-
-
-_Plan: TypeAlias = Generator[Any, Any, CompactOutcome | None]
-"""yields what may have to be awaited, gets what came of it"""
-
-
-def _drive(plan: _Plan) -> Any:
-    """Run a plan to its end; from the first value on that has to be awaited, as a coroutine."""
-    value: Any = None
-    while True:
-        try:
-            value = plan.send(value)
-        except StopIteration as stop:
-            return stop.value
-        if inspect.isawaitable(value):
-            return _drive_later(plan, value)
-
-
-async def _drive_later(plan: _Plan, value: Any) -> CompactOutcome | None:
-    while True:
-        resume: Callable[[Any], Any] = plan.send
-        try:
-            value = await value if inspect.isawaitable(value) else value
-        except Exception as error:  # noqa: BLE001 - relayed into the plan
-            value, resume = error, plan.throw
-        try:
-            value = resume(value)
-        except StopIteration as stop:
-            outcome: CompactOutcome | None = stop.value
-            return outcome
 
 
 def _tools_of(call_ids: set[str], state: Any) -> dict[str, str]:
@@ -368,11 +311,11 @@ def _edit(
     return CompactOutcome(reason, before, after, tokens, conversation.tokens, summary, (_name(service),))
 
 
-def _warn(outcome: CompactOutcome | None, conversation: Conversation, reason: str, words: str) -> CompactOutcome:
-    if outcome is None:
-        count, tokens = len(conversation), conversation.tokens
-        return CompactOutcome(reason, count, count, tokens, tokens, warnings=(words,))
-    return replace(outcome, warnings=(*outcome.warnings, words))
+def _takes_before(service: Any) -> bool:
+    try:
+        return "before" in inspect.signature(service.compact).parameters
+    except (TypeError, ValueError):  # no signature to be had
+        return False
 
 
 def _name(service: Any) -> str:
@@ -380,6 +323,5 @@ def _name(service: Any) -> str:
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name} must be a whole number from 0, not {value!r}")
-    return value
+    require(name, value, whole(0))
+    return int(value)

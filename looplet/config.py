@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from looplet.arguments import DICT, FLAG, FUNCTION, NAMES, NUMBER, TEXT, check, optional, shown, strict_names, whole
 from looplet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,19 +14,64 @@ if TYPE_CHECKING:
     from looplet.cancel import CancelToken
 
 
-_LEAST: Final = {
-    "max_tokens": 1,
-    "max_parallel_calls": 1,
-    "parse_recovery": 0,
-    "gate_failures": 1,
-    "max_turn_continuations": 0,
-    "context_window": 1,
-    "tool_result_max_chars": 1,
-    "max_depth": 1,
+_KINDS: Final = {
+    "max_steps": optional(whole(0)),
+    "max_tokens": optional(whole(1)),
+    "temperature": optional(NUMBER),
+    "system_prompt": optional(TEXT),
+    "agent_name": TEXT,
+    "done_tool": TEXT,
+    "done_tools": NAMES,
+    "use_native_tools": FLAG,
+    "concurrent_dispatch": FLAG,
+    "max_parallel_calls": whole(1),
+    "parse_recovery": whole(0),
+    "gate_failures": whole(1),
+    "redact": optional(FUNCTION),
+    "capture_content": optional(FLAG),
+    "tool_metadata": DICT,
+    "generate_kwargs": DICT,
+    "approval_handler": optional(FUNCTION),
+    "max_turn_continuations": whole(0),
+    "context_window": optional(whole(1)),
+    "tool_result_max_chars": optional(whole(1)),
+    "max_depth": whole(1),
 }
-"""the smallest value of settings that are whole numbers"""
+
+_ELSEWHERE: Final = {
+    "recovery_temperature": "a corrective turn is asked like any other, temperature= counts for it",
+    "done_tool_schemas": "give the done tool its parameters, tools_from([...], include_done=True, "
+    "done_parameters={...}), or the loop an output_type=",
+    "output_schema": "composable_loop takes a type, output_type=Order; for a JSON Schema, register the done tool with "
+    "tools_from([...], include_done=True, done_parameters={...})",
+    "tool_result_persist_dir": "the trace holds whole results, hooks=[ProvenanceSink(dir)]; tool_result_max_chars= is "
+    "what the model sees of one",
+    "build_briefing": "a hook's pre_prompt(state, session_log, context, step_num) returns what the request is to say",
+    "build_prompt": "a hook's pre_prompt gets the request as its third argument and may return it rewritten",
+    "render_messages_override": "a hook's pre_prompt gets the request as its third argument: "
+    "return context.rewrite(function)",
+    "build_trace": "the trace is a file, hooks=[ProvenanceSink(dir)], and what the run came to is run.result",
+    "extract_entities": "a hook's post_dispatch may call session_log.record(..., entities=[...])",
+    "extract_step_metadata": "a hook's post_dispatch may call session_log.record(..., findings=[...])",
+    "domain": "what a DomainAdapter did, hooks do: pre_prompt, post_dispatch, on_loop_end",
+    "reactive_recovery": "leave it out, a request that is too long is always made shorter and sent once more",
+    "recovery_registry": "parse_recovery= is how often a reply without a tool call is corrected; "
+    "failing models are for ResilientBackend(llm, ...)",
+    "max_briefing_tokens": "nothing cuts what hooks add to a request, let them return less",
+    "context_window_steps": "compact_service=PruneToolResults(keep_recent=5) clears the results before the last five",
+    "context_inline_per_step_chars": "tool_result_max_chars= is what the model sees of one result",
+    "context_window_total_chars": "context_window= is in tokens; older results go before it is full",
+    "router": "pass the router as the loop's llm=",
+    "cache_policy": "it belongs to the backend, AnthropicBackend(..., cache=CachePolicy())",
+    "tracer": "composable_loop takes a tracer_provider=; a trace file needs none, hooks=[ProvenanceSink(dir)]",
+    "checkpoint_dir": "there are no checkpoints yet; hooks=[ProvenanceSink(dir)] writes the trace as the run goes, and "
+    "a run that waits for an approval goes on with composable_loop(resume=dir)",
+    "initial_checkpoint": "a run that waits for an approval goes on with composable_loop(resume=...)",
+}
+"""settings of the original looplet, and what to write instead"""
 
 
+@strict_names(_ELSEWHERE.get)
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
     """Settings of a run.  A run never changes the object it was given."""
@@ -64,7 +110,7 @@ class LoopConfig:
     budget: Budget | None = None
     """what the run, with its sub-agents, may spend"""
     cancel_token: CancelToken | None = None
-    """asks the run to stop; looked at between phases, and handed to tools"""
+    """asks the run to stop; looked at between phases, ends waits, the wait for a model too, and is handed to tools"""
     max_turn_continuations: int = 2
     """how often a reply that was cut by the output limit is continued"""
     context_window: int | None = None
@@ -79,31 +125,21 @@ class LoopConfig:
     """how deep sub-agents may call sub-agents"""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        for name in ("redact", "approval_handler"):
-            if (given := getattr(self, name)) is not None and not callable(given):
-                raise ConfigError(f"{name} must be a function, not {type(given).__name__}")
-        for name in ("generate_kwargs", "tool_metadata"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name} must be a dict, not {type(getattr(self, name)).__name__}")
         if isinstance(self.done_tools, str):
             raise ConfigError(f"done_tools is a list of names: done_tools=[{self.done_tools!r}]")
-        if self.cancel_token is not None and not callable(getattr(self.cancel_token, "on_cancel", None)):
-            raise ConfigError(f"cancel_token takes a CancelToken(), not {type(self.cancel_token).__name__}")
-        if self.budget is not None and not hasattr(self.budget, "limits"):
+        check(self, _KINDS)
+        if self.cancel_token is not None and not _has(self.cancel_token, "on_cancel"):
+            raise ConfigError(f"cancel_token takes a CancelToken(), not {shown(self.cancel_token)}")
+        if self.budget is not None and not _has(self.budget, "limits"):
             raise ConfigError(
-                f"budget takes a Budget(...), not {type(self.budget).__name__}; a BudgetCap goes into hooks=[...]"
+                f"budget takes a Budget(...), not {shown(self.budget)}; a BudgetCap goes into hooks=[...]"
             )
-
-    def _check_numbers(self) -> None:
-        for name, least in _LEAST.items():
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < least):
-                raise ConfigError(f"{name} must be a whole number from {least}, not {given!r}")
-        if self.temperature is not None and not isinstance(self.temperature, (int, float)):
-            raise ConfigError(f"temperature must be a number, not {self.temperature!r}")
 
     @property
     def ending_tools(self) -> frozenset[str]:
         """Return the names of the tools that end a run."""
         return frozenset((self.done_tool, *self.done_tools))
+
+
+def _has(given: object, attribute: str) -> bool:
+    return not isinstance(given, type) and hasattr(given, attribute)

@@ -80,6 +80,8 @@ class ContextPressureHook:
     `compact_service`.  Without it and without a service, old results and turns go as they are.
     """
 
+    looplet_rewrites: Final = False
+
     def __init__(
         self,
         llm: Any = None,

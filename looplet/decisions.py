@@ -9,10 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from looplet.arguments import DICT, FLAG, TEXT, Kind, check, optional, require
 from looplet.errors import ConfigError
 from looplet.types import ToolResult
 
 PERMISSIONS: Final = ("allow", "deny", "ask")
+
+
+_KINDS: Final = {
+    "block": optional(TEXT),
+    "stop": optional(TEXT),
+    "updated_args": optional(DICT),
+    "updated_result": optional(Kind("a ToolResult", lambda value: isinstance(value, ToolResult))),
+    "additional_context": optional(TEXT),
+    "compact": optional(FLAG),
+    "metadata": DICT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,9 @@ class HookDecision:
     def __post_init__(self) -> None:
         if self.permission not in (None, *PERMISSIONS):
             raise ConfigError(f"permission is one of {', '.join(map(repr, PERMISSIONS))}, not {self.permission!r}")
+        check(self, _KINDS, "HookDecision: ")
+        if self.stop == "":
+            raise ConfigError("a stop reason must not be empty: Stop('enough')")
 
     def is_block(self) -> bool:
         """Tell whether the call or the ending is refused."""
@@ -81,16 +96,19 @@ def Allow(updated_args: dict[str, Any] | None = None) -> HookDecision:  # noqa: 
 
 def Deny(reason: str, *, retry: bool = False) -> HookDecision:  # noqa: N802
     """Refuse the call; with `retry` the model is told that the same call may succeed later."""
+    require("the reason of Deny(reason)", reason, TEXT)
     return HookDecision(permission="deny", block=reason, metadata={"retry": True} if retry else {})
 
 
 def Block(reason: str) -> HookDecision:  # noqa: N802
     """Refuse the call, or the ending when returned from `check_done`."""
+    require("the reason of Block(reason)", reason, TEXT)
     return HookDecision(block=reason)
 
 
 def Stop(reason: str) -> HookDecision:  # noqa: N802
     """End the run with this stop reason."""
+    require("the reason of Stop(reason)", reason, TEXT)
     return HookDecision(stop=reason)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from looplet.admission import Pending, check_done, pre_dispatch, request_of, tell_request
+from looplet.admission import Pending, check_done, pre_dispatch, record_request, request_of
 from looplet.approval import OPTIONS, WAITING
 from looplet.clipping import clip_result
 from looplet.decisions import HookDecision
@@ -30,7 +30,7 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
     Neighbouring `concurrent_safe` calls make a batch and run at the same time; any other call waits for the one
     before it, so that a caller who breaks, or a hook that stops the run, prevents those that follow.
     """
-    entities = 0
+    entities = made = 0
     for batch in _batches(run, calls):
         if run.stop is not None or (room := _room(run)) <= 0:
             break
@@ -40,15 +40,17 @@ def take_calls(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> Plan[St
         if not pending:  # the first of them waits for a human
             break
         yield from check_done(run, turn, pending)
+        run.check_cancelled()  # perhaps while a human was asked
         try:
             yield from dispatch(run, turn, pending)
             steps, new = yield from post_dispatch(run, turn, pending)
         except BaseException:
             _keep_finished(run, turn, pending)
             raise
-        entities += new
+        entities, made = entities + new, made + len(steps)
         yield from steps
-    _leave_rest(run, turn, calls)
+    if made < len(calls):
+        _leave_rest(run, turn, calls)
     return entities
 
 
@@ -62,7 +64,7 @@ def dispatch(run: RunScope, turn: Phase, pending: Sequence[Pending]) -> Effects[
         return
     with turn.phase(semconv.DISPATCH) as phase:
         for item in runnable:
-            run.tell(ToolDispatchEvent, step=item.number, tool_call=item.call)
+            run.emit(ToolDispatchEvent, step=item.number, tool_call=item.call)
         yield from execute_tools(run, phase, runnable)
 
 
@@ -115,12 +117,12 @@ def _is_concurrent(run: RunScope, call: ToolCall) -> bool:
     spec = run.tools.get(call.tool)
     if spec is None or not spec.concurrent_safe or not run.config.concurrent_dispatch:
         return False
-    return call.tool not in run.config.ending_tools
+    return call.tool not in run.ending_tools
 
 
 def _ends(run: RunScope, item: Pending) -> bool:
     result = item.result
-    return item.ran and result is not None and result.error is None and item.call.tool in run.config.ending_tools
+    return item.ran and result is not None and result.error is None and item.call.tool in run.ending_tools
 
 
 def _review(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
@@ -151,28 +153,28 @@ def _note_request(run: RunScope, phase: Phase, item: Pending) -> None:
     named = [str(option) for option in options] if isinstance(options, list) else []
     question = str(told.get("approval_description") or "")
     request = request_of(run, item, question, named or OPTIONS, has_run=True)
-    tell_request(run, phase, request)
-    run.requests.append(request)
+    record_request(run, phase, request)
+    run.approvals.requests.append(request)
     run.say_stop(WAITING)
 
 
 def _asks(run: RunScope, item: Pending) -> bool:
     data = item.result.data if item.result is not None else None
-    return bool(run.approvers) and isinstance(data, dict) and bool(data.get("needs_approval"))
+    return bool(run.approvals.askers) and isinstance(data, dict) and bool(data.get("needs_approval"))
 
 
 def _add_step(run: RunScope, phase: Phase, item: Pending) -> Step:
     assert item.result is not None
-    prompt, run.turn_prompt = run.turn_prompt, ""
-    step = Step(item.number, item.call, item.result, run.claim_usage(), prompt, item.context)
+    step = Step(item.number, item.call, item.result, run.ledger.claim(), run.outgoing.take_text(), item.context)
+    if withheld := phase.recording and run.withholds_results:
+        run.unseen.append(step)
     if item.recorded is not item.result and phase.recording:
-        withheld = run.trace.withhold_results
         phase.event(semconv.EVENT_STEP, attributes.of_withheld_step(step) if withheld else attributes.of_step(step))
     _count_step(run, item)
     run.state.steps.append(step)
     response, _ = clip_result(response_of(item.result), run.config.tool_result_max_chars)
     run.conversation.append(Message.of_result(item.call.call_id, response), clean=True)
-    run.tell(ToolResultEvent, step=step.number, tool_result=step.tool_result)
+    run.emit(ToolResultEvent, step=step.number, tool_result=step.tool_result)
     return step
 
 
@@ -189,8 +191,8 @@ def _count_step(run: RunScope, item: Pending) -> None:
     if item.spec is not None and item.spec.free and item.ran:
         note_state(state, "free_steps", getattr(state, "free_steps", 0) + 1)
     else:
-        run.trace.recorder.ledger.count_step()
-        if item.ran and item.call.tool not in run.config.ending_tools:
+        run.ledger.count_step()
+        if item.ran and item.call.tool not in run.ending_tools:
             note_state(state, "queries_used", state.queries_used + 1)
     if item.ran and item.recorded is not None:
         note_state(state, "last_error", item.recorded.error)
@@ -213,10 +215,10 @@ def _leave_rest(run: RunScope, turn: Phase, calls: Sequence[ToolCall]) -> None:
 
     Else answer them, if the conversation goes on: providers want a result for each.
     """
-    begun = {step.tool_call.call_id for step in run.state.steps[-len(calls) :]} if calls else set()
+    begun = {step.tool_call.call_id for step in run.state.steps[-len(calls) :]}
     rest = [call for call in calls if call.call_id not in begun]
     if run.stop == WAITING:
-        run.held = rest
+        run.approvals.held = rest
     else:
         for call in rest:
             turn.event(semconv.EVENT_CALL_DROPPED, {semconv.TOOL_CALL_ID: call.call_id})

@@ -18,9 +18,9 @@ from looplet.messages import encode
 from looplet.models import AGENT
 from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
-from looplet.segments import Once, record_of, told_by
+from looplet.segments import record_of, told_by
 from looplet.state import SessionLog
-from looplet.steering import payload
+from looplet.steering import payload, record_results
 from looplet.streaming import RunEndEvent, RunStartEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import Recorder, count_drop, error_name
@@ -43,7 +43,7 @@ class Recording:
 
     def __enter__(self) -> Phase:
         run = self._run
-        run.tell(RunStartEvent, task=run.task, parent_run_id=run.parent[0] if run.parent else "")
+        run.emit(RunStartEvent, task=run.task, parent_run_id=run.parent[0] if run.parent else "")
         try:
             for sink in run.trace.recorder.sinks:
                 _guarded(sink.attach, run.trace.recorder)
@@ -109,6 +109,7 @@ def settle_observers(run: RunScope, root: Phase, failure: BaseException | None) 
 def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[BaseException | None]:
     run.trace.leave_turns()
     with root.phase(semconv.END) as phase:
+        record_results(run, phase, run.unseen)
         stop = payload(run, LifecycleEvent.STOP, termination_reason=run.ending)
         for bound in run.hooks.of(slot(LifecycleEvent.STOP)):
             failure = failure or (yield from _say_goodbye(phase, bound, partial(bound.function, stop)))
@@ -122,7 +123,7 @@ def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[B
         if failure is not None and run.ending not in FAILURES:
             run.ending = "error"
         if run.ending != WAITING:
-            run.requests.clear()
+            run.approvals.requests.clear()
         phase.put({semconv.STOP_REASON: run.ending or ""})
         if (notes := own_notes(run)) is not None:
             phase.put({semconv.SESSION_LOG: notes})
@@ -142,14 +143,14 @@ def _pause(run: RunScope, phase: Phase) -> Effects[Exception | None]:
     """
     try:
         record = record_of(run)
-        for take in run.approvers:
-            yield from phase.call(partial(take, tuple(run.requests), run.run_id))
+        for take in run.approvals.askers:
+            yield from phase.call(partial(take, tuple(run.approvals.requests), run.run_id))
     except Exception as error:  # noqa: BLE001 - hooks, on whose memory and word the next segment would rely
         return error
-    run.pause, run.once = record, Once()
+    run.approvals.pause = record
     if phase.recording and not run.rewrites:
-        phase.put(attributes.of_request(run.log.aside(list(run.conversation))))
-        phase.put({semconv.PAUSE: encode(run.pause).decode()})
+        phase.put(attributes.of_request(run.outgoing.log.aside(list(run.conversation))))
+        phase.put({semconv.PAUSE: encode(run.approvals.pause).decode()})
     return None
 
 
@@ -176,7 +177,7 @@ def _identity(run: RunScope) -> dict[str, object]:
 
 
 def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
-    ledger = run.trace.recorder.ledger
+    ledger = run.ledger
     root.put(
         {
             semconv.STOP_REASON: ending,
@@ -192,7 +193,7 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
     if ending in FAILURES and not root.failed:
         root.fail(ending)
     root.note(stop_reason=ending, usage=ledger.own, steps=len(run.state.steps))
-    run.tell(RunEndEvent, stop_reason=ending, steps=len(run.state.steps), usage=ledger.own)
+    run.emit(RunEndEvent, stop_reason=ending, steps=len(run.state.steps), usage=ledger.own)
 
 
 def own_notes(run: RunScope) -> str | None:

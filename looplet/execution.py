@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+from traceback import walk_tb
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from typing import Any, Final
 
 from opentelemetry.context import set_value
 
 from looplet.admission import Pending
-from looplet.awaiting import discard, is_awaitable
+from looplet.approval import answer_of
+from looplet.awaiting import discard, is_awaitable, is_cancelled_here
 from looplet.cancel import CANCEL_KEY, CancelToken
 from looplet.decisions import interpret
 from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.events import LifecycleEvent, slot
 from looplet.handle import handle_of
-from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout, Closing, Effects, Wait, gather
+from looplet.plan import INLINE, PARALLEL, SERIAL, Call, CallTimeout, Closing, Effects, Escaped, Wait, gather
 from looplet.scope import RunScope
 from looplet.steering import clean_result, payload
 from looplet.stream_events import ToolProgressEvent
@@ -26,6 +31,16 @@ from looplet.telemetry.spans import Phase
 from looplet.toolerrors import retry_delay_s, to_tool_error
 from looplet.tools import ToolContext, failure, success
 from looplet.types import ToolCall, ToolResult
+
+NO_CONTEXT: Final = ToolContext()
+"""of tools that take none"""
+
+
+_UNBEGUN: Final[dict[type, tuple[str, str]]] = {
+    GeneratorType: ("a generator", "return list(...)"),
+    AsyncGeneratorType: ("an async generator", "return [x async for x in ...]"),
+    CoroutineType: ("a coroutine", "return await ..."),
+}
 
 
 def execute_tools(run: RunScope, above: Phase, items: Sequence[Pending]) -> Effects[None]:
@@ -38,7 +53,7 @@ def execute_tools(run: RunScope, above: Phase, items: Sequence[Pending]) -> Effe
     try:
         yield from gather([execute_tool(run, above, item, lane, token) for item in items])
     except BaseException as error:
-        _tell(token, _reason_of(error))
+        _cancel(token, _reason_of(error))
         raise
 
 
@@ -81,32 +96,65 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
     """Make the call once."""
     spec, call = item.spec, item.call
     assert spec is not None
-    ctx = _tool_context(run, phase, item, token)
+    ctx = _tool_context(run, phase, item, token) if spec.accepts_ctx else NO_CONTEXT
     try:
         context = set_value(CANCEL_KEY, token, phase.context)
         lane = INLINE if spec.is_async else lane
         value = yield Call(spec.bind(item.arguments, ctx), context, lane, spec.timeout_s)
-        result = success(call, value, warnings=ctx.warnings)
+        result = success(call, _worked(call.tool, value), warnings=ctx.warnings)
     except CallTimeout:
-        _tell(token, "timeout")
+        _cancel(token, "timeout")
         phase.put({semconv.TOOL_ABANDONED: True})
         words = f"TimeoutError: no answer within {spec.timeout_s:g} s; the call was abandoned"
         error = ToolError(words, kind=ErrorKind.TIMEOUT, retriable=True)
         result = failure(call, error, warnings=ctx.warnings)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
-        result = failure(call, to_tool_error(error), warnings=ctx.warnings)
     except BaseException as error:
-        _tell(token, _reason_of(error))
-        raise
+        if not _is_the_tools(error):
+            _cancel(token, _reason_of(error))
+            raise
+        result = failure(call, to_tool_error(_raised(error)), warnings=ctx.warnings)
     token.forget()  # the caller's token may live for ever
     return result
+
+
+def _worked(tool: str, value: Any) -> Any:
+    """Return what a tool returned; raises ToolError for what has not even begun."""
+    if type(value) not in _UNBEGUN:
+        return value
+    kind, cure = _UNBEGUN[type(value)]
+    discard(value)
+    raise ToolError(f"{tool} returned {kind} and has done nothing; its function must return values: {cure}")
+
+
+def _raised(error: BaseException) -> BaseException:
+    """Return what the tool itself raised."""
+    return error.__cause__ or error if isinstance(error, Escaped) else error
+
+
+def _is_the_tools(error: BaseException) -> bool:
+    """Tell whether the model is to see an error; the others mean the run, such as a Ctrl-C.
+
+    A tool that exits has failed, a signal handler that exits means the process.  A tool that waited for something
+    that somebody has cancelled has failed, a tool that was cancelled itself means the run.
+    """
+    if isinstance(error, SystemExit):
+        return not _is_of_signal_handler(error)
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is not None and isinstance(error, asyncio.CancelledError):
+        return not is_cancelled_here()
+    return isinstance(error, Exception)
+
+
+def _is_of_signal_handler(error: SystemExit) -> bool:
+    handlers = [getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()]
+    return any(frame.f_code in handlers for frame, _ in walk_tb(error.__traceback__))
 
 
 def _reason_of(error: BaseException) -> str:
     return error.reason if isinstance(error, Closing) else "cancelled"
 
 
-def _tell(token: CancelToken, reason: str) -> None:
+def _cancel(token: CancelToken, reason: str) -> None:
     try:
         token.cancel(reason)
     except Exception as error:  # noqa: BLE001 - a callback of the tool's own
@@ -122,24 +170,31 @@ def _tool_context(run: RunScope, phase: Phase, item: Pending, token: CancelToken
         session_id=run.run_id,
         metadata={**run.config.tool_metadata, **getattr(run.state, "metadata", {})},
         llm=handle_of(run, phase, "tool", is_async=spec.is_async, token=token),
-        request_approval=_asker(item.approver(run.config.approval_handler), awaits=spec.is_async),
+        request_approval=item.approver(_asker(run.config.approval_handler, awaits=spec.is_async)),
         resources=run.tools.needed(spec),
     )
 
 
 def _asker(handler: Callable[..., Any] | None, *, awaits: bool) -> Callable[[str, list[str]], Any] | None:
-    """Return who answers a tool's questions; a plain tool cannot await an answer."""
-    if handler is None or awaits:
-        return handler
+    """Return who answers a tool's questions, with one of the options or None; a plain tool cannot await an answer."""
+    if handler is None:
+        return None
 
     def ask(prompt: str, options: list[str]) -> Any:
-        answer = handler(prompt, options)
-        if is_awaitable(answer):
-            discard(answer)
-            raise ConfigError("the approval_handler is `async def`: make the tool that asks `async def`, and await it")
-        return answer
+        answer = handler(prompt, list(options))
+        if not is_awaitable(answer):
+            return answer if answer is None else answer_of(answer, options)
+        if awaits:
+            return _awaited(answer, options)
+        discard(answer)
+        raise ConfigError("the approval_handler is `async def`: make the tool that asks `async def`, and await it")
 
     return ask
+
+
+async def _awaited(answer: Awaitable[Any], options: list[str]) -> str | None:
+    said = await answer
+    return said if said is None else answer_of(said, options)
 
 
 def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelToken, stage: str, data: Any) -> None:
@@ -154,7 +209,7 @@ def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelTo
     facts = {"step_num": item.number, "tool_call": item.call, "extra": {"stage": stage, "data": data}}
     for bound in run.hooks.of(slot(LifecycleEvent.TOOL_PROGRESS)):  # in the tool's own thread, where nobody can steer
         told_hook = partial(bound.function, payload(run, LifecycleEvent.TOOL_PROGRESS, **facts))
-        run.trace.tell(bound.function, told_hook, partial(interpret, hook=bound.hook, method=bound.method))
+        run.trace.notify(bound.function, told_hook, partial(interpret, hook=bound.hook, method=bound.method))
 
 
 def _record_retry(run: RunScope, phase: Phase, attempt: int, error: ToolError, delay_s: float) -> None:
@@ -173,7 +228,7 @@ def _record_retry(run: RunScope, phase: Phase, attempt: int, error: ToolError, d
 def _record_result(run: RunScope, phase: Phase, call: ToolCall, result: ToolResult) -> None:
     phase.note(tool_call=call, tool_result=result)
     if phase.recording:
-        withheld = run.trace.withhold_results
+        withheld = run.withholds_results
         phase.put({semconv.TOOL_WITHHELD: True} if withheld else attributes.of_result(result))
     if result.error is not None and result.error_kind is not None:
-        phase.fail(str(result.error_kind), "" if run.trace.withhold_results else result.error)
+        phase.fail(str(result.error_kind), "" if run.withholds_results else result.error)

@@ -27,15 +27,20 @@ from looplet.awaiting import (
     outcome_of,
     pause,
     start_task,
+    unless_cancelled,
 )  # fmt: skip
+from looplet.cancel import CancelToken
 from looplet.errors import ConfigError
-from looplet.plan import INLINE, PARALLEL, Call, Closing, Effect, Effects, Skipped, Wait, finish
-from looplet.threads import Job, Worker, acquire
+from looplet.plan import INLINE, PARALLEL, Call, Closing, Effect, Effects, Escaped, Skipped, Wait, finish
+from looplet.threads import Job, Worker, acquire, wait_for_either
 
 
 def _enter(context: Context, thunk: Callable[[], Any]) -> Any:
     attach(context)  # in a copy that nobody sees afterwards: no detach needed, none can be missed
-    return thunk()
+    try:
+        return thunk()
+    except (StopIteration, GeneratorExit) as error:  # would end whichever generator or coroutine it comes through
+        raise Escaped(error) from error
 
 
 class LastExecutor:
@@ -67,20 +72,28 @@ class SyncExecutor:
     def __init__(self) -> None:
         self._loop: PrivateLoop | None = None
         self._starting = threading.Lock()
+        self._closed = False
 
     def perform(self, effect: Effect) -> Any:
-        """Perform one effect; raises what it raises, and `CallTimeout` when it took too long."""
+        """Perform one effect; raises what it raises, `CallTimeout` and `CallCancelled` when nobody waits any longer.
+
+        A token that only the run itself can cancel interrupts nothing here: the run is in the call.
+        """
         if not isinstance(effect, Call):
             return _wait(effect) if isinstance(effect, Wait) else self._gather(effect.plans)
         variables = copy_context()
-        run = partial(variables.run, _enter, effect.context, effect.thunk)
-        value = run() if effect.timeout_s is None or effect.lane == INLINE else _in_thread(run, effect.timeout_s)
+        token = effect.token if effect.token is not None and effect.token.is_given else None
+        if effect.lane == INLINE or (effect.timeout_s is None and token is None):
+            value = variables.run(_enter, effect.context, effect.thunk)
+        else:
+            value = _in_thread(partial(variables.run, _enter, effect.context, effect.thunk), effect.timeout_s, token)
         if is_awaitable(value):
             value = self._await(value, variables, effect.timeout_s)
         return value
 
     def close(self) -> None:
-        """Stop the private event loop, if a call ever needed one."""
+        """Stop the private event loop, if a call ever needed one; a call that comes back late gets no other."""
+        self._closed = True
         if self._loop is not None:
             self._loop.close()
             self._loop = None
@@ -88,6 +101,8 @@ class SyncExecutor:
     def _await(self, value: Awaitable[Any], variables: ContextVars, timeout_s: float | None) -> Any:
         try:
             with self._starting:  # parallel calls must not start two loops
+                if self._closed:
+                    raise Closing("cancelled")
                 if self._loop is None:
                     self._loop = PrivateLoop()
                 loop = self._loop
@@ -160,11 +175,14 @@ def _wait(effect: Wait) -> None:
         effect.token.wait(effect.seconds)
 
 
-def _in_thread(thunk: Callable[[], Any], timeout_s: float) -> Any:
+def _in_thread(thunk: Callable[[], Any], timeout_s: float | None, token: CancelToken | None) -> Any:
     job, worker = Job(thunk), acquire()
     try:
         worker.submit(job)
-        job.wait_done(timeout_s)
+        if token is None:
+            job.wait_done(timeout_s)
+        else:
+            wait_for_either(job, token, timeout_s)
     except BaseException:
         worker.abandon()
         raise
@@ -179,9 +197,14 @@ class AsyncExecutor:
         self._worker: Worker | None = None
 
     async def perform(self, effect: Effect) -> Any:
-        """Perform one effect; raises what it raises, and `CallTimeout` when it took too long."""
+        """Perform one effect; raises what it raises, `CallTimeout` and `CallCancelled` when nobody waits any longer."""
         if not isinstance(effect, Call):
             return await (pause(effect) if isinstance(effect, Wait) else self._gather(effect.plans))
+        if effect.token is None:
+            return await self._call(effect)
+        return await unless_cancelled(self._call(effect), effect.token)
+
+    async def _call(self, effect: Call) -> Any:
         variables = copy_context()
         run = partial(variables.run, _enter, effect.context, effect.thunk)
         value = run() if effect.lane == INLINE else await self._in_thread(run, effect)

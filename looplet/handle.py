@@ -17,9 +17,10 @@ from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.executors import AsyncExecutor, SyncExecutor
 from looplet.messages import Message, clean_message
 from looplet.modelcall import Request, ask
-from looplet.plan import INLINE, CallTimeout, Effects, finish
+from looplet.plan import INLINE, CallCancelled, Effects, finish
 from looplet.scope import RunScope
 from looplet.telemetry.spans import Phase
+from looplet.threads import wait_for_either
 from looplet.types import Reply
 
 
@@ -45,12 +46,12 @@ class ModelHandle:
     @property
     def model(self) -> str:
         """Return the name of the model that is asked first."""
-        return self._run.models.of(self._purpose)[0][1].name
+        return self._run.models.of(self._purpose)[0].model.name
 
     @property
     def provider(self) -> str:
         """Return the name of its provider."""
-        return self._run.models.of(self._purpose)[0][1].provider
+        return self._run.models.of(self._purpose)[0].model.provider
 
     def looplet_candidates(self, purpose: str) -> tuple[Candidate, ...]:
         """Return the backends behind it: a sub-agent that is given the handle asks them itself, and counts once."""
@@ -68,7 +69,9 @@ class ModelHandle:
         asked = [clean_message(message, run.boundary.clean) for message in messages]
         if system_prompt:
             asked.insert(0, Message.of_text("system", run.boundary.text(system_prompt)))
-        request = Request(asked, partial(run.log.aside, asked), self._purpose, settings=settings, token=self._token)
+        request = Request(
+            asked, partial(run.outgoing.log.aside, asked), self._purpose, settings=settings, token=self._token
+        )
         return ask(run, self._phase, request, _as_it_is)
 
 
@@ -88,7 +91,7 @@ class BlockingModelHandle(ModelHandle):
 
     def _finish(self, plan: Effects[Reply]) -> Reply:
         loop = self._run.loop
-        if loop is not None and self._run.models.of(self._purpose)[0][1].lane == INLINE:
+        if loop is not None and self._run.models.of(self._purpose)[0].model.lane == INLINE:
             return _in_loop(loop, plan, self._token)
         executor = SyncExecutor()
         try:
@@ -125,13 +128,10 @@ def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
     if here is loop:
         raise ConfigError("this code runs in the event loop, where it must not wait: make it `async def` and await llm")
     job, give_up = begin_in(loop, partial(_finish_there, plan), copy_context())
-    over = CancelToken(token)
-    job.notify(over.cancel)
-    over.wait()
     try:
-        job.wait_done(0)
+        wait_for_either(job, token)
         reply: Reply = job.outcome()
-    except (CallTimeout, asyncio.CancelledError):
+    except (CallCancelled, asyncio.CancelledError):
         give_up()
         raise ToolError("nobody waits for this answer any more", kind=ErrorKind.CANCELLED) from None
     return reply

@@ -46,6 +46,8 @@ OBSERVING: Final = "on_phase_end"
 METHODS: Final = (*STEERING, EVENTS, OBSERVING)
 GATES: Final = frozenset({"check_permission", "check_done"})
 """a gate that raises has said no"""
+GUARDING: Final = ("pre_dispatch", "check_permission", "check_done", "should_stop")
+"""a hook with one of them may refuse or stop: a run that goes on after a pause must have it again"""
 
 
 @runtime_checkable
@@ -90,6 +92,8 @@ class BoundMethod:
     """the hook's place in `hooks=[...]`"""
     wants_call: bool = False
     """`check_done` that takes `tool_call=`: the call that is about to end the run"""
+    rewrites: bool | None = None
+    """what the hook says of its `pre_prompt` (`REWRITES`); None when it does not say"""
 
 
 class HookSet:
@@ -131,7 +135,18 @@ class HookSet:
 
     def brought(self, attribute: str) -> list[Any]:
         """Return what the objects in `hooks=[...]` bring under an attribute of `BRINGS`."""
-        return [found for hook in self._hooks if (found := getattr(hook, attribute, None)) is not None]
+        return [found for _, found in self.told(attribute)]
+
+    def told(self, attribute: str) -> list[tuple[str, Any]]:
+        """Return what the objects in `hooks=[...]` have under an attribute, each with the object's name."""
+        return [(_name(hook), found) for hook in self._hooks if (found := getattr(hook, attribute, None)) is not None]
+
+    def guards(self) -> list[Sequence[str]]:
+        """Return the hooks that may refuse or stop, each as the names of its classes, its own one first."""
+        asked = {bound.index for name in GUARDING for bound in self._methods[name]}
+        said = [getattr(hook, GUARD, None) for hook in self._hooks]
+        is_guard = [told if isinstance(told, bool) else index in asked for index, told in enumerate(said)]
+        return [_kinds(hook) for hook, guards in zip(self._hooks, is_guard, strict=True) if guards]
 
     def _add(self, hook: Any, index: int) -> None:
         if inspect.isclass(hook):
@@ -142,7 +157,8 @@ class HookSet:
         if slip := _misspelt(hook):
             raise ConfigError(slip)
         for name, function in found.items():
-            bound = BoundMethod(_name(hook), name, function, index, name == "check_done" and _takes_call(function))
+            wants_call = name == "check_done" and _takes_call(function)
+            bound = BoundMethod(_name(hook), name, function, index, wants_call, _rewrites(hook))
             if name == EVENTS:
                 self._add_listener(bound, found)
             else:
@@ -164,6 +180,12 @@ EMITTER: Final = "looplet_emitter"
 """gets the run's stream of events"""
 APPROVALS: Final = "looplet_approvals"
 """a function of the `ApprovalRequest`s of a run that pauses, and its run id: with one, the run may pause"""
+REWRITES: Final = "looplet_rewrites"
+"""True or False, where a hook says in advance whether its `pre_prompt` ever rewrites a request"""
+GUARD: Final = "looplet_guard"
+"""True or False, where the methods of a hook do not tell whether it guards (`GUARDING`)"""
+TOOL_NAMES: Final = "looplet_tool_names"
+"""the names of tools, without wildcards, that a guard is about"""
 COMPACT: Final = "compact"
 """a compaction service: this method makes the conversation shorter"""
 BRINGS: Final = (SINK, BUDGET, REDACT, EMITTER, APPROVALS, COMPACT)
@@ -171,6 +193,20 @@ BRINGS: Final = (SINK, BUDGET, REDACT, EMITTER, APPROVALS, COMPACT)
 
 def _name(hook: Any) -> str:
     return hook.__name__ if inspect.ismodule(hook) else type(hook).__name__
+
+
+def _kinds(hook: Any) -> Sequence[str]:
+    """Return the names of an object's classes, nearest first; a proxy is of its target's classes if it says so."""
+    if inspect.ismodule(hook):
+        return [hook.__name__]
+    claimed = hook.__class__
+    lines = (*(claimed.__mro__ if isinstance(claimed, type) else ()), *type(hook).__mro__)
+    return list(dict.fromkeys(kind.__name__ for kind in lines if kind is not object))
+
+
+def _rewrites(hook: Any) -> bool | None:
+    said = getattr(hook, REWRITES, None)
+    return said if isinstance(said, bool) else None
 
 
 def _takes_call(function: Callable[..., Any]) -> bool:

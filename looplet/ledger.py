@@ -41,7 +41,7 @@ class Ledger:
     Parallel tools may run sub-agents in threads: a ledger and those above it share one lock.
     """
 
-    __slots__ = ("_below", "above", "counts", "lock", "own", "total_counts")
+    __slots__ = ("_below", "above", "counts", "lock", "own", "total_counts", "unclaimed")
 
     def __init__(self, parent: Ledger | None = None) -> None:
         self.above: tuple[Ledger, ...] = () if parent is None else (parent, *parent.above)
@@ -49,6 +49,8 @@ class Ledger:
         self.lock: Any = threading.RLock() if parent is None else parent.lock
         self.own = NO_USAGE
         """of the run's own model calls"""
+        self.unclaimed = NO_USAGE
+        """the part of it that no step has claimed"""
         self.counts = Counts()
         """of the run itself"""
         self.total_counts = Counts()
@@ -67,29 +69,37 @@ class Ledger:
     def count(self, usage: Usage | None) -> None:
         """Add what one model call of the run used, None where nobody said."""
         with self.lock:
-            if usage is None:
-                self._tally("unreported")
-            if usage is None or usage.cost_usd is None:
-                self._tally("unpriced")
+            for counts in self._counting():
+                counts.unreported += usage is None
+                counts.unpriced += usage is None or usage.cost_usd is None
             if usage is not None:
-                self.own = self.own + usage
+                self.own, self.unclaimed = self.own + usage, self.unclaimed + usage
                 for ledger in self.above:
                     ledger.add_below(usage)
+
+    def claim(self) -> Usage:
+        """Return what model calls used since the last step was made: it is that of the next one."""
+        with self.lock:
+            usage, self.unclaimed = self.unclaimed, NO_USAGE
+        return usage
 
     def count_model_call(self) -> None:
         """Add a model call that begins; what it uses is known later, to `count`."""
         with self.lock:
-            self._tally("model_calls")
+            for counts in self._counting():
+                counts.model_calls += 1
 
     def count_tool(self) -> None:
         """Add a tool call that runs."""
         with self.lock:
-            self._tally("tool_calls")
+            for counts in self._counting():
+                counts.tool_calls += 1
 
     def count_step(self) -> None:
         """Add a step that costs budget."""
         with self.lock:
-            self._tally("steps")
+            for counts in self._counting():
+                counts.steps += 1
 
     def add_below(self, usage: Usage) -> None:
         """Add what a run below has used; the caller holds the lock."""
@@ -106,6 +116,8 @@ class Ledger:
             self.own, self._below = spent.own, spent.below
             self.counts, self.total_counts = replace(spent.counts), replace(spent.total_counts)
 
-    def _tally(self, name: str) -> None:
-        for counts in (self.counts, self.total_counts, *(ledger.total_counts for ledger in self.above)):
-            setattr(counts, name, getattr(counts, name) + 1)
+    def _counting(self) -> tuple[Counts, ...]:
+        """Return the counts that grow with what the run does."""
+        if not self.above:
+            return self.counts, self.total_counts
+        return self.counts, self.total_counts, *[ledger.total_counts for ledger in self.above]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from looplet.arguments import DICT, optional, require, template, whole
 from looplet.decisions import Deny, HookDecision, InjectContext
 from looplet.errors import ConfigError, ErrorKind
 from looplet.events import EventPayload, LifecycleEvent
@@ -38,13 +39,17 @@ class PerToolLimitHook:
         message: str = TOO_OFTEN,
         done_tools: Sequence[str] = ("done",),
     ) -> None:
-        self._limits: dict[str, int | None] = dict.fromkeys(done_tools) | dict(limits or {})
+        require("limits", limits, optional(DICT))
+        require("default_limit", default_limit, optional(whole(0)))
+        require("message", message, template(tool="", limit=1, used=1))
+        for name, limit in (limits or {}).items():
+            require(f"the limit of {name!r}", limit, whole(0))
+        endings = (done_tools,) if isinstance(done_tools, str) else done_tools
+        self._limits: dict[str, int | None] = dict.fromkeys(endings) | dict(limits or {})
         self._default = default_limit
         self._message = message
         self._tallies = PerRun(_Tally)
-        for name, limit in [*(limits or {}).items(), *([] if default_limit is None else [("*", default_limit)])]:
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-                raise ConfigError(f"the limit of {name!r} must be a whole number from 0, not {limit!r}")
+        self.looplet_tool_names: Final = list(limits or {})
 
     def pre_loop(self, state: Any, session_log: Any, context: Any) -> None:
         """Begin to count."""
@@ -103,6 +108,7 @@ class BudgetWarningHook:
     """
 
     def __init__(self, *, thresholds: Sequence[float] = (0.5, 0.2), message: str = LOW) -> None:
+        require("message", message, template(name="", remaining=1.0, remaining_pct=1.0))
         for threshold in thresholds:
             if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
                 raise ConfigError(f"a threshold is a fraction from 0 to 1, such as 0.2, not {threshold!r}")
@@ -113,6 +119,11 @@ class BudgetWarningHook:
     def pre_loop(self, state: Any, session_log: Any, context: Any) -> None:
         """Begin with nothing said."""
         self._told.begin(state)
+
+    @property
+    def looplet_guard(self) -> bool | None:
+        """Return False: `should_stop` never stops here; what a subclass does with it is for its methods to tell."""
+        return False if type(self) is BudgetWarningHook else None
 
     def should_stop(self, state: Any, step_num: int, new_entities: int) -> HookDecision | None:
         """Say what has become little since the last turn; never stop.

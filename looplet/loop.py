@@ -11,7 +11,7 @@ from functools import partial
 from looplet.asking import chat, error_step, facts_of, pre_prompt, remember
 from looplet.dispatch import take_calls
 from looplet.ending import Recording, end_run, settle_observers
-from looplet.events import LifecycleEvent
+from looplet.events import LifecycleEvent, slot
 from looplet.plan import Closing, Effects, Plan
 from looplet.scope import RunResult, RunScope
 from looplet.steering import announce, consult
@@ -28,8 +28,7 @@ def agent_plan(run: RunScope) -> Plan[Step, RunResult]:
     with Recording(run) as root:
         try:
             yield from begin(run, root)
-            while run.stop is None and run.limit is None:
-                yield from take_turn(run, root)
+            yield from take_turns(run, root)
             run.ending = run.stop or "budget_exhausted"
         except Closing as closing:
             run.ending = closing.reason
@@ -48,10 +47,12 @@ def begin(run: RunScope, root: Phase) -> Effects[None]:
     """Write the manifest, so that a killed run keeps it, and ask the `pre_loop` hooks."""
     if not run.asks_rewriters:
         run.recorded_task = run.task
+    elif any(hook.rewrites for hook in run.hooks.of("pre_prompt")):
+        run.rewrites = run.trace.withhold_results = True
     with root.phase(semconv.START, attributes=manifest(run) if root.recording else None):
         pass
     run.trace.durable()
-    for take in run.approvers:  # who waited for an answer waits no more
+    for take in run.approvals.askers:  # who waited for an answer waits no more
         yield from root.call(partial(take, (), run.run_id))
     if run.hooks.of("pre_loop"):
         with root.phase(semconv.PRE_LOOP) as phase:
@@ -60,20 +61,30 @@ def begin(run: RunScope, root: Phase) -> Effects[None]:
     yield from announce(run, root, LifecycleEvent.SESSION_START)
 
 
+def take_turns(run: RunScope, root: Phase) -> Plan[Step, None]:
+    """Take turns until something says stop.
+
+    By itself: a Ctrl-C where a `while` jumps back passes the `try` around it in Python 3.12 and 3.13 (gh-130279).
+    """
+    while run.stop is None and run.limit is None:
+        yield from take_turn(run, root)
+
+
 def take_turn(run: RunScope, root: Phase) -> Plan[Step, None]:
     """Ask the model once and run the calls of its reply; yield a step for each."""
     run.check_cancelled()
     with run.trace.turn(root) as turn:
         run.state.step_context = {}
-        turn.put(run.budget_left())
-        run.tell(TurnStartEvent)
+        if turn.recording and run.guard.levels:
+            turn.put(run.budget_left())
+        run.emit(TurnStartEvent)
         try:
-            calls = run.take_held() or (yield from propose(run, turn))
+            calls = run.approvals.take_held() or (yield from propose(run, turn))
             entities = yield from take_calls(run, turn, calls)
             yield from should_stop(run, turn, entities)
             yield from run.trace.settle(turn)
         finally:
-            run.tell(TurnEndEvent)
+            run.emit(TurnEndEvent)
     run.trace.durable()
 
 
@@ -87,12 +98,13 @@ def propose(run: RunScope, turn: Phase) -> Plan[Step, Sequence[ToolCall]]:
         return ()
     if answer.error is None:
         remember(run, answer)
-        yield from announce(run, turn, LifecycleEvent.POST_LLM_RESPONSE, **facts_of(run, answer))
+        if run.hooks.of(slot(LifecycleEvent.POST_LLM_RESPONSE)):
+            yield from announce(run, turn, LifecycleEvent.POST_LLM_RESPONSE, **facts_of(run, answer))
     if run.stop == "llm_error" or run.parse_failures > run.config.parse_recovery:
         run.parse_failures = 0
         step = error_step(run, answer)
         turn.event(semconv.EVENT_STEP, attributes.of_step(step))
-        run.trace.recorder.ledger.count_step()
+        run.ledger.count_step()
         run.state.steps.append(step)
         yield step
     return answer.reply.tool_calls

@@ -15,7 +15,6 @@ from looplet.boundary import Boundary
 from looplet.errors import ConfigError
 from looplet.messages import Message
 from looplet.plan import Effects
-from looplet.prompt import Shown
 from looplet.scope import RunScope
 from looplet.telemetry import semconv
 from looplet.telemetry.spans import Phase
@@ -74,8 +73,6 @@ class AgentsMdMemorySource:
 
 def refresh_memory(run: RunScope, phase: Phase) -> Effects[None]:
     """Put what the run's sources say now into its head.  A source that raises ends the run, as a hook does."""
-    if not run.config.memory_sources:
-        return
     texts = []
     for source in run.config.memory_sources:
         try:
@@ -83,14 +80,11 @@ def refresh_memory(run: RunScope, phase: Phase) -> Effects[None]:
         except Exception:
             phase.put({semconv.HOOK_NAME: type(source).__name__, semconv.HOOK_METHOD: "load"})
             raise
-    old, new = run.memory, memory_message(texts, run.boundary)
+    old, new = run.outgoing.memory, memory_message(texts, run.boundary)
     if (old and old.text) == (new and new.text):
         return
-    rest = [message for message in run.head if message is not old]
-    run.head = with_memory(rest, new)
-    run.memory = new
-    run.logged_edits = -1  # the next request begins otherwise than the last one did
-    run.shown = Shown()
+    rest = [message for message in run.outgoing.head if message is not old]
+    run.outgoing.begin_with(with_memory(rest, new), new)
 
 
 def memory_message(texts: Iterable[str], boundary: Boundary) -> Message | None:

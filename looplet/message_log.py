@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from looplet.frozen import quickly_made
 from looplet.messages import Message, clean_message, digest, encode, sha256
 
 MAX_RANGES: Final = 8
 """longer reference lists are written relative to an earlier request"""
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
     """How a request is recorded: what was new in it, and references to all of it."""
@@ -80,8 +82,7 @@ class MessageLog:
             first = self._next
             new: list[tuple[Message, bytes]] = []
             references = _References()
-            for message in messages:
-                references.add(*self._number(message, new))
+            references.extend([self._number(message, new) for message in messages])
             return self._logged(first, new, format_ranges(references.ranges), references.sha.hexdigest())
 
     def _request(self, messages: Sequence[Message], unchanged: int, stable: int) -> LoggedRequest:
@@ -93,24 +94,24 @@ class MessageLog:
             self._stable = _References()
             unchanged = 0
             self._known = {id(m): known for m in messages if (known := self._known.get(id(m))) is not None}
-        for at in range(unchanged, stable):
-            self._stable.add(*self._number(messages[at], new, keep=True))
+        self._stable.extend([self._number(message, new, keep=True) for message in messages[unchanged:stable]])
         if unchanged == 0:
             shared = _common_prefix(before.order, self._stable.order)
-        tail = [self._number(messages[at], new) for at in range(stable, len(messages))]
+        tail = [self._number(message, new) for message in messages[stable:]] if stable < len(messages) else []
         refs, sha256_hex = self._stable.describe(tail, base=self._base, shared=shared)
         self._base = self._requests
         return self._logged(first, new, refs, sha256_hex)
 
     def _logged(self, first: int, new: list[tuple[Message, bytes]], refs: str, sha256_hex: str) -> LoggedRequest:
         number, self._requests = self._requests, self._requests + 1
-        said = b",".join(data for _, data in new).decode()
-        return LoggedRequest(number, refs, sha256_hex, first, tuple(message for message, _ in new), f"[{said}]")
+        said = b",".join([data for _, data in new]).decode()
+        return LoggedRequest(number, refs, sha256_hex, first, tuple([message for message, _ in new]), f"[{said}]")
 
     def _number(self, message: Message, new: list[tuple[Message, bytes]], *, keep: bool = False) -> tuple[int, bytes]:
         known = self._known.get(id(message))
         if known is None:
-            data = encode((message if self._clean is None else clean_message(message, self._clean)).to_dict())
+            shown = message if self._clean is None else clean_message(message, self._clean)
+            data = encode({"role": shown.role, "parts": shown.parts})
             hashed = sha256(data).digest()
             number = self._numbers.get(hashed)
             if number is None:
@@ -133,10 +134,11 @@ class _References:
         self.ranges: list[tuple[int, int]] = []
         self.sha = sha256()
 
-    def add(self, number: int, hashed: bytes) -> None:
-        self.order.append(number)
-        self.sha.update(hashed)
-        _extend(self.ranges, number)
+    def extend(self, messages: Iterable[tuple[int, bytes]]) -> None:
+        for number, hashed in messages:
+            self.order.append(number)
+            self.sha.update(hashed)
+            _extend(self.ranges, number)
 
     def describe(self, tail: list[tuple[int, bytes]], *, base: int, shared: int) -> tuple[str, str]:
         """Return references and hash of these messages and `tail`; request `base` shares the first `shared`."""
@@ -145,10 +147,7 @@ class _References:
             sha.update(hashed)
         numbers = [number for number, _ in tail]
         if len(self.ranges) <= MAX_RANGES or base < 0 or shared == 0:
-            ranges = list(self.ranges)
-            for number in numbers:
-                _extend(ranges, number)
-            return format_ranges(ranges), sha.hexdigest()
+            return format_ranges(ranges_of(numbers, after=self.ranges)), sha.hexdigest()
         rest = ranges_of([*self.order[shared:], *numbers])
         return f"{base}^{shared}" + (f",{format_ranges(rest)}" if rest else ""), sha.hexdigest()
 
@@ -162,12 +161,12 @@ def _extend(ranges: list[tuple[int, int]], number: int) -> None:
 
 def format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
     """Return `[(0, 0), (3, 17)]` as `"0,3-17"`."""
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    return ",".join([str(a) if a == b else f"{a}-{b}" for a, b in ranges])
 
 
-def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return runs of consecutive numbers, in the given order."""
-    ranges: list[tuple[int, int]] = []
+def ranges_of(numbers: Iterable[int], after: Iterable[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """Return runs of consecutive numbers, in the given order, those of `after` first."""
+    ranges = list(after)
     for number in numbers:
         _extend(ranges, number)
     return ranges

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import chain, islice
 from typing import Any, Final, TypeAlias, overload
 
+from looplet.frozen import quickly_made
 from looplet.tokens import TokenEstimate
 from looplet.types import Reply, ToolCall
 
@@ -19,6 +20,7 @@ Part: TypeAlias = dict[str, Any]
 SEALS: Final = ("signature", "encrypted")
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message: `role` is system, user, assistant or tool; `parts` are typed as the GenAI conventions have them.
@@ -40,14 +42,12 @@ class Message:
     @classmethod
     def of_reply(cls, reply: Reply) -> Message:
         """Return what the model said, as the assistant message of the next requests."""
-        text = iter([{"type": "text", "content": reply.text}] if reply.text else ())
-        calls = iter(
-            [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in reply.tool_calls]
-        )
-        said: dict[str, Iterator[Part]] = {"text": text, "tool_call": calls}
-        reasoning = ({"type": "reasoning", "content": reply.reasoning},) if reply.reasoning else ()
-        placed = [next(said[p["type"]], None) if p["type"] in said else p for p in reply.parts or reasoning]
-        return cls("assistant", (*(part for part in placed if part is not None), *text, *calls))
+        text = [{"type": "text", "content": reply.text}] if reply.text else []
+        calls = [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in reply.tool_calls]
+        if reply.parts:
+            return cls("assistant", _placed(reply.parts, text, calls))
+        reasoning = [{"type": "reasoning", "content": reply.reasoning}] if reply.reasoning else []
+        return cls("assistant", (*reasoning, *text, *calls))
 
     @classmethod
     def of_result(cls, call_id: str, response: Any) -> Message:
@@ -74,6 +74,13 @@ class Message:
         return [
             ToolCall(p["name"], p["arguments"] or {}, call_id=p["id"]) for p in self.parts if p["type"] == "tool_call"
         ]
+
+
+def _placed(places: Iterable[Part], text: Iterable[Part], calls: Iterable[Part]) -> tuple[Part, ...]:
+    """Return the parts in the provider's order; what it gave no place comes last."""
+    said = {"text": iter(text), "tool_call": iter(calls)}
+    parts = [next(said[p["type"]], None) if p["type"] in said else p for p in places]
+    return (*(part for part in parts if part is not None), *said["text"], *said["tool_call"])
 
 
 def clean_message(message: Message, clean: Callable[[Any], Any]) -> Message:
@@ -140,6 +147,11 @@ class Conversation:
             self._messages = [m if id(m) in known else clean_message(m, self._clean) for m in messages]
         self.edits += 1
 
+    def restore(self, messages: Iterable[Message]) -> None:
+        """Put messages back that were all here before: what has passed the boundary does not pass it again."""
+        self._messages = list(messages)
+        self.edits += 1
+
     def truncate(self, keep_last: int) -> None:
         """Keep the first message (the task) and the last `keep_last`, never parting a tool call from its result."""
         tail = self._messages[1:][-keep_last:] if keep_last > 0 else []
@@ -181,16 +193,20 @@ class Conversation:
 class MessageView(Sequence[Message]):
     """A read-only sequence over part of a conversation; costs the same however long that is."""
 
-    __slots__ = ("_body", "_head", "_length", "_tail")
+    __slots__ = ("_body", "_head", "_length", "_size", "_tail")
 
     def __init__(self, head: Sequence[Message], body: list[Message], length: int, tail: Sequence[Message]) -> None:
         self._head = head
         self._body = body
         self._length = length
         self._tail = tail
+        self._size = len(head) + length + len(tail)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
     def __len__(self) -> int:
-        return len(self._head) + self._length + len(self._tail)
+        return self._size
 
     def __iter__(self) -> Iterator[Message]:
         return chain(self._head, islice(self._body, self._length), self._tail)
@@ -201,17 +217,23 @@ class MessageView(Sequence[Message]):
     def __getitem__(self, index: slice) -> Sequence[Message]: ...
     def __getitem__(self, index: int | slice) -> Message | Sequence[Message]:
         if isinstance(index, slice):
-            low, high, stride = index.indices(len(self))
-            if low <= len(self._head) and high == len(self) and stride == 1:  # without the system prompt: no copy
-                return MessageView(self._head[low:], self._body, self._length, self._tail)
-            return [self[i] for i in range(low, high, stride)]
-        at = index if index >= 0 else index + len(self)
+            return self._slice(*index.indices(self._size))
+        at = index if index >= 0 else index + self._size
         inside = at - len(self._head)
         if 0 <= inside < self._length:
             return self._body[inside]
-        if not 0 <= at < len(self):
+        if not 0 <= at < self._size:
             raise IndexError("message index out of range")
         return self._head[at] if inside < 0 else self._tail[inside - self._length]
+
+    def _slice(self, low: int, high: int, stride: int) -> Sequence[Message]:
+        """Return some of the messages; all but the first few are another view, others are copied."""
+        before = len(self._head)
+        if stride == 1 and low <= before and high == self._size:
+            return MessageView(self._head[low:], self._body, self._length, self._tail)
+        if stride == 1 and before <= low <= high <= before + self._length:
+            return self._body[low - before : high - before]
+        return [self[i] for i in range(low, high, stride)]
 
 
 def digest(message: Message) -> bytes:

@@ -16,25 +16,27 @@ from opentelemetry.trace import SpanKind
 
 from looplet.backends.adapter import Model
 from looplet.backends.attempts import attempts
+from looplet.backends.bill import Bill
 from looplet.backends.candidates import Candidate, gives_way, kind_of
 from looplet.cancel import CancelToken
-from looplet.errors import BackendError, BudgetExhausted
+from looplet.errors import BackendError, BudgetExhausted, LoopletError
+from looplet.frozen import quickly_made
 from looplet.message_log import LoggedRequest
 from looplet.messages import Message
 from looplet.models import AGENT, Option
-from looplet.plan import Effects, Wait
-from looplet.prices import priced
+from looplet.plan import Call, CallCancelled, Effects, Wait
 from looplet.scope import RunScope
 from looplet.streaming import ChatEndEvent, ChatRetryEvent, ChatStartEvent, DeltaGate, StreamEvent
 from looplet.telemetry import attributes, semconv
 from looplet.telemetry.spans import Phase
 from looplet.tokens import BYTES_PER_TOKEN, size_of_all
 from looplet.tools import BaseToolRegistry
-from looplet.types import Reply, Usage
+from looplet.types import Delta, Reply, Usage
 
 T = TypeVar("T")
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to ask a model, and on whose behalf."""
@@ -79,7 +81,7 @@ def ask(
         except Exception as error:
             if not gives_way(error):
                 raise
-            told = {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option[1].name}
+            told = {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option.model.name}
             above.event(semconv.EVENT_FALLBACK, told)
     logged = _allowed(run, request, logged)
     return (yield from _ask_one(run, above, request, logged, last, read, begun))
@@ -101,26 +103,22 @@ def _ask_one(
     read: Callable[[Phase, Reply], tuple[Reply, T]],
     begun: Callable[[Phase], None] | None,
 ) -> Effects[T]:
-    candidate, model = option
-    call = _Call(run, request, candidate, model)
-    with above.phase(
-        semconv.CHAT, model.name, SpanKind.CLIENT, _identity(run, request, model) if run.trace.recording else None
-    ) as phase:
-        if phase.recording:
-            phase.put(attributes.of_request(logged))
+    model = option.model
+    call = _Call(run, request, option.candidate, model)
+    told = _identity(run, request, model) | attributes.of_request(logged) if run.trace.recording else None
+    with above.phase(semconv.CHAT, model.name, SpanKind.CLIENT, told) as phase:
         if begun is not None:
             begun(phase)
         phase.note(model=model.name, provider=model.provider, purpose=request.purpose)
-        usage: Usage | None = None
+        reply: Reply | None = None
         try:
-            call.tell(ChatStartEvent, model=model.name)
+            call.emit(ChatStartEvent, model=model.name)
             reply = yield from call.perform(phase)
-            usage = reply.usage
             recorded, result = read(phase, reply)
         except BaseException as error:
             if isinstance(error, Exception):
                 phase.fail_with(error, kind_of(error))
-            call.end(phase, None, usage or getattr(error, "usage", None), error)
+            call.end(phase, None, call.charged(error) if reply is None else reply.usage, error)
             raise
         call.end(phase, recorded, reply.usage)
     run.trace.durable()
@@ -130,15 +128,14 @@ def _ask_one(
 class _Call:
     """One `chat` span in the making."""
 
-    __slots__ = ("_candidate", "_failed", "_first_chunk_s", "_gate", "_model", "_request", "_run")
+    __slots__ = ("_bill", "_candidate", "_first_chunk_s", "_gate", "_model", "_request", "_run")
 
     def __init__(self, run: RunScope, request: Request, candidate: Candidate, model: Model) -> None:
         self._run = run
         self._request = request
         self._candidate = candidate
         self._model = model
-        self._failed: Usage | None = None
-        """what failed attempts were charged"""
+        self._bill = Bill(candidate, run.models.routed(request.purpose), model.name)
         self._first_chunk_s: float | None = None
         self._gate: DeltaGate | None = None
 
@@ -154,18 +151,22 @@ class _Call:
         """Return about how many tokens the request has, for limits on tokens."""
         return size_of_all(self._request.messages) // BYTES_PER_TOKEN if self._candidate.limits else 0
 
-    def tell(self, event: type[StreamEvent], **facts: Any) -> None:
-        """Tell the stream of the run; other calls than the agent's own are its business, too."""
-        self._run.tell(event, purpose=self._request.purpose, **facts)
+    def charged(self, error: BaseException) -> Usage | None:
+        """Return what the provider charges for an attempt that failed."""
+        return self._bill.priced(getattr(error, "usage", None))
+
+    def emit(self, event: type[StreamEvent], **facts: Any) -> None:
+        """Make an event for the run's stream; other calls than the agent's own are its business, too."""
+        if self._run.stream.emitters:
+            self._run.emit(event, purpose=self._request.purpose, **facts)
 
     def end(
         self, phase: Phase, recorded: Reply | None, usage: Usage | None, error: BaseException | None = None
     ) -> None:
         """Count what the call used, and say so on its span."""
-        usage = self._price(usage) if error is not None else usage
-        spent = usage if self._failed is None else self._failed if usage is None else self._failed + usage
+        spent = self._bill.total(usage)
         counts = error is None or spent is not None
-        told = attributes.of_reply(recorded) if recorded is not None and phase.recording else {}
+        told: dict[str, Any] = attributes.of_reply(recorded) if recorded is not None and phase.recording else {}
         if self._first_chunk_s is not None:
             told[semconv.TIME_TO_FIRST_CHUNK] = self._first_chunk_s
         phase.note(reply=recorded, usage=spent)
@@ -173,9 +174,9 @@ class _Call:
             told |= attributes.of_usage(spent)
             self._run.count_usage(spent)
         phase.put(told)
-        for meter in self._candidate.meters if counts else ():
-            meter.count(self._run.models.routed(self._request.purpose), self._model.name, spent)
-        self.tell(
+        if counts:
+            self._bill.meter(spent)
+        self.emit(
             ChatEndEvent,
             model=self._model.name,
             usage=spent,
@@ -186,24 +187,26 @@ class _Call:
     def _asked(self, phase: Phase) -> Effects[Any]:
         request = self._request
         call = self._model.request(request.messages, request.tools, request.settings)
-        return (yield from phase.call(call, self._model.lane))
+        return (yield from self._wait_for(phase, call))
+
+    def _wait_for(self, phase: Phase, call: Callable[[], Any]) -> Effects[Any]:
+        """Make a call of the backend; when nobody waits for the answer any more, leave it to itself."""
+        try:
+            token = self._request.token or self._run.cancel_token
+            return (yield Call(call, phase.context, self._model.lane, token=token))
+        except CallCancelled:
+            self._request.check_cancelled(self._run)
+            raise
 
     def _streamed(self, phase: Phase) -> Effects[Any]:
-        request, lane = self._request, self._model.lane
-        self._gate = DeltaGate(self._run.boundary, self._emit_delta)
+        request = self._request
+        gate = self._gate = DeltaGate(self._run.boundary, self._emit_delta)
         phase.put({semconv.REQUEST_STREAM: True})
         began = phase.elapsed_s()
         opened = self._model.stream(request.messages, request.tools, request.settings)
-        items = iterator_of((yield from phase.call(opened, lane)))
+        items = iterator_of((yield from self._wait_for(phase, opened)))
         try:
-            while not isinstance(item := (yield from phase.call(partial(next_of, items), lane)), Reply):
-                if item is END:
-                    raise BackendError("the stream ended without a reply", kind="stream_cut", retryable=True)
-                if self._first_chunk_s is None:
-                    self._first_chunk_s = phase.elapsed_s() - began
-                self._gate.take(item)
-                self._request.check_cancelled(self._run)
-            self._gate.finish()
+            item = yield from self._taken(phase, items, gate, began)
         except GeneratorExit:
             raise
         except BaseException:
@@ -212,13 +215,26 @@ class _Call:
         yield from self._close(phase, items)
         return item
 
+    def _taken(self, phase: Phase, items: Any, gate: DeltaGate, began: float) -> Effects[Any]:
+        """Hand on the deltas, return the reply.  By itself, as `loop.take_turns`: a Ctrl-C must close the stream."""
+        while not isinstance(item := (yield from self._wait_for(phase, partial(next_of, items))), Reply):
+            if item is END:
+                raise BackendError("the stream ended without a reply", kind="stream_cut", retryable=True)
+            _require_delta(item)
+            if self._first_chunk_s is None:
+                self._first_chunk_s = phase.elapsed_s() - began
+            gate.take(item)
+            self._request.check_cancelled(self._run)
+        gate.finish()
+        return item
+
     def _close(self, phase: Phase, items: Any) -> Effects[None]:
         """Give back what a stream holds: the answer is here, or nobody wants it."""
         with suppress(Exception):  # one that timed out is still at work in its thread, and ends there
             yield from phase.call(partial(close, items), self._model.lane)
 
     def _emit_delta(self, event: type[StreamEvent], **facts: Any) -> None:
-        self._run.tell(event, **facts)
+        self._run.emit(event, **facts)
 
     def _wait(self, seconds: float) -> Effects[None]:
         yield Wait(seconds, self._request.token or self._run.cancel_token)
@@ -230,23 +246,31 @@ class _Call:
             told = {semconv.RATE_LIMIT_WAIT: float(facts["seconds"]), semconv.RATE_LIMIT_NAME: facts["limit"]}
             phase.event(semconv.EVENT_RATE_LIMITED, told)
             return
-        usage = self._price(facts.get("usage"))
-        if usage is not None:
-            self._failed = usage if self._failed is None else self._failed + usage
+        usage = self._bill.add_failed(facts["usage"])
         told = {
             semconv.ATTEMPT: facts["attempt"],
             semconv.ERROR_TYPE: facts["error_type"],
             semconv.RETRY_DELAY: facts["delay_s"],
         }
         phase.event(semconv.EVENT_RETRY, told | (attributes.of_usage(usage) if usage is not None else {}))
-        self._run.tell(ChatRetryEvent, **{name: facts[name] for name in ("attempt", "error_type", "delay_s")})
-
-    def _price(self, usage: Usage | None) -> Usage | None:
-        return None if usage is None else priced(usage, self._model.name, self._model.base_url)
+        self._run.emit(ChatRetryEvent, **{name: facts[name] for name in ("attempt", "error_type", "delay_s")})
 
 
+DELTAS: Final = ("text", "reasoning", "tool_call")
+"""the kinds of what a stream yields before the reply"""
 END: Final = object()
 """what `next_of` returns after the last item"""
+
+
+def _require_delta(item: Any) -> None:
+    """Raise LoopletError for what a backend's stream must not yield."""
+    if not isinstance(item, Delta):
+        found = f"a {type(item).__name__}"
+    elif item.kind not in DELTAS:
+        found = f"a Delta of the kind {item.kind!r:.40}"
+    else:
+        return
+    raise LoopletError(f"the backend's stream() yielded {found}; it yields Deltas ({', '.join(DELTAS)}), then a Reply")
 
 
 def iterator_of(stream: Any) -> Any:
@@ -261,10 +285,8 @@ def next_of(items: Any) -> Any:
 
 def close(items: Any) -> Any:
     """Give back what a stream holds; something to await for an async iterator."""
-    for name in ("aclose", "close"):
-        if callable(end := getattr(items, name, None)):
-            return end()
-    return None
+    end = getattr(items, "aclose", None) or getattr(items, "close", None)
+    return end() if callable(end) else None
 
 
 def _identity(run: RunScope, request: Request, model: Model) -> dict[str, Any]:

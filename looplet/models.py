@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from looplet.backends.adapter import Model
 from looplet.backends.candidates import Candidate, candidates
@@ -13,7 +13,12 @@ from looplet.errors import ConfigError
 AGENT: Final = "agent"
 SUBAGENT: Final = "subagent"
 
-Option: TypeAlias = tuple[Candidate, Model]
+
+class Option(NamedTuple):
+    """A backend that may answer a call: its rules, and how it is asked."""
+
+    candidate: Candidate
+    model: Model
 
 
 class Models:
@@ -39,10 +44,10 @@ class Models:
         self._agent = SUBAGENT if is_subagent else AGENT
         self._known: dict[int, Model] = {}
         self._options: dict[str, list[Option]] = {}
-        self.primary = self.of(AGENT)[0][1]
+        self.primary = self.of(AGENT)[0].model
         """the model that the loop asks first"""
-        for _, model in self.of(AGENT):
-            self._require_same_protocol(model)
+        for option in self.of(AGENT):
+            self._require_same_protocol(option.model)
 
     def routed(self, purpose: str) -> str:
         """Return the purpose by which routers know a call."""
@@ -53,7 +58,7 @@ class Models:
         options = self._options.get(purpose)
         if options is None:
             found = candidates(self.llm, self.routed(purpose))
-            options = self._options[purpose] = [(candidate, self._model(candidate.llm)) for candidate in found]
+            options = self._options[purpose] = [Option(candidate, self._model(candidate.llm)) for candidate in found]
         return options
 
     def _model(self, llm: Any) -> Model:

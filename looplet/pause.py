@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from looplet.approval import ApprovalRequest
 from looplet.budgets import Budget
@@ -16,6 +16,9 @@ from looplet.ledger import Spent
 from looplet.messages import encode, sha256
 from looplet.state import LogEntry
 from looplet.types import ToolCall, Usage
+
+FORMAT: Final = 2
+"""of the record.  2: it names the guards; those of format 1 have no number"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,11 @@ class Pause:
     """whether what entered the run was redacted"""
     redacted_late: bool
     """whether what was recorded of it was"""
+    guards: list[str]
+    """classes of the hooks that may refuse or stop"""
+    limits: list[str]
+    """what the budgets limit, those of the runs above included"""
+    format: int = FORMAT
 
 
 def hash_calls(calls: Iterable[ToolCall]) -> str:

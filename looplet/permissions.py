@@ -17,6 +17,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 
+from looplet.arguments import TEXT, require, shown
 from looplet.awaiting import discard, is_awaitable
 from looplet.decisions import Allow, Deny, HookDecision
 from looplet.errors import ConfigError
@@ -24,6 +25,8 @@ from looplet.types import ToolCall
 
 MAX_DENIALS: Final = 10_000
 """of how many refusals an engine keeps a record"""
+WILDCARDS: Final = frozenset("*?[")
+"""the signs that make a rule's tool a pattern"""
 
 
 class PermissionDecision(StrEnum):
@@ -59,6 +62,7 @@ class PermissionRule:
     def __post_init__(self) -> None:
         if not isinstance(self.tool, str) or not self.tool:
             raise ConfigError(f"a permission rule needs a tool name or pattern, not {self.tool!r}")
+        require(f"the reason of the rule {self.tool!r}", self.reason, TEXT)
         object.__setattr__(self, "decision", _decision(self.decision))
         if not (self.arg_matcher is None or callable(self.arg_matcher) or isinstance(self.arg_matcher, Mapping)):
             raise ConfigError(f"arg_matcher of {self.tool!r} must be a function of the arguments or a dict")
@@ -212,6 +216,11 @@ class PermissionHook:
             raise ConfigError(f"PermissionHook takes a PermissionEngine, not {type(engine).__name__}")
         self.engine = engine
 
+    @property
+    def looplet_tool_names(self) -> list[str]:
+        """Return the tools that the rules name without a wildcard."""
+        return [rule.tool for rule in self.engine.rules if not WILDCARDS.intersection(rule.tool)]
+
     def check_permission(self, tool_call: ToolCall, state: Any) -> HookDecision | Awaitable[HookDecision]:
         """Return what the engine says, to be awaited where its `ask_handler` is `async def`."""
         outcome = self.engine.decide(tool_call)
@@ -232,9 +241,12 @@ def _to_decision(outcome: PermissionOutcome) -> HookDecision:
 
 
 def _answered(outcome: PermissionOutcome, answer: Any) -> PermissionOutcome:
-    if answer is True or answer == PermissionDecision.ALLOW:
+    if answer is True or (isinstance(answer, str) and answer == PermissionDecision.ALLOW):
         return PermissionOutcome(PermissionDecision.ALLOW, outcome.rule, outcome.reason)
-    return _refused(outcome, "a human refused it")
+    if answer is False or (isinstance(answer, str) and answer == PermissionDecision.DENY):
+        return _refused(outcome, "a human refused it")
+    known = "True, False, PermissionDecision.ALLOW and .DENY"
+    return _refused(outcome, f"the ask_handler answered {shown(answer)}, which is none of {known}")
 
 
 def _failed(outcome: PermissionOutcome, error: Exception) -> PermissionOutcome:

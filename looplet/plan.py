@@ -30,17 +30,26 @@ PARALLEL: Final = "parallel"
 
 
 class Call:
-    """Run `thunk` under `context`, await what it returns if that is awaitable, send the value back."""
+    """Run `thunk` under `context`, await what it returns if that is awaitable, send the value back.
 
-    __slots__ = ("context", "lane", "thunk", "timeout_s")
+    token: of who waits; when it is cancelled, nobody waits any more (`CallCancelled`).
+    """
+
+    __slots__ = ("context", "lane", "thunk", "timeout_s", "token")
 
     def __init__(
-        self, thunk: Callable[[], Any], context: Context, lane: str = INLINE, timeout_s: float | None = None
+        self,
+        thunk: Callable[[], Any],
+        context: Context,
+        lane: str = INLINE,
+        timeout_s: float | None = None,
+        token: CancelToken | None = None,
     ) -> None:
         self.thunk = thunk
         self.context = context
         self.lane = lane
         self.timeout_s = timeout_s
+        self.token = token
 
 
 class Wait:
@@ -78,6 +87,18 @@ class Closing(BaseException):
 
 class CallTimeout(Exception):
     """A call took longer than its `timeout_s` and was abandoned: nobody waits for it any more."""
+
+
+class CallCancelled(Exception):
+    """A call's token was cancelled and the call was abandoned: nobody waits for it any more."""
+
+
+class Escaped(RuntimeError):
+    """Foreign code raised, by itself, what ends generators and coroutines: StopIteration or GeneratorExit."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"a call raised {error!r}")
+        self.__cause__ = error
 
 
 class Skipped(Exception):

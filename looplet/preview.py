@@ -13,6 +13,7 @@ from looplet.errors import ConfigError
 from looplet.memory import check_sources, memory_message, text_of, with_memory
 from looplet.messages import Message
 from looplet.prompt import render, render_task, text_protocol
+from looplet.state import DefaultState
 from looplet.tools import BaseToolRegistry
 
 
@@ -46,6 +47,8 @@ def preview_prompt(
 
 def _memory(settings: LoopConfig, state: Any, boundary: Boundary) -> Message | None:
     check_sources(settings.memory_sources)
+    if state is None:
+        state = DefaultState(max_steps=settings.max_steps)  # what the sources of a run get
     return memory_message([_load(source, state) for source in settings.memory_sources], boundary)
 
 

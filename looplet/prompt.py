@@ -94,7 +94,7 @@ def _joined(text: str, more: str) -> str:
 
 def render(messages: Iterable[Message], first: int = 0) -> str:
     """Return the messages as text; the first header carries the number `first`."""
-    return "\n".join(f"{header}\n{_guard(text)}" for header, text in _blocks(messages, first))
+    return "\n".join([f"{header}\n{_guard(text)}" for header, text in _blocks(messages, first)])
 
 
 def render_task(task: dict[str, Any]) -> str:
@@ -123,6 +123,8 @@ def part_text(part: Part) -> str:
         return str(part["content"])
     if kind == "tool_call_response":
         value = part.get("response")
+    elif kind == "tool_call":
+        value = part.get("arguments")
     else:
         value = part if is_blob(part) else part.get("arguments", part.get("content", part.get("uri")))
     text = value if isinstance(value, str) else encode(value).decode()

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from looplet.approval import WAITING, ApprovalRequest
+from looplet.approvals import GONE_ON
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, TraceError
 from looplet.message_log import MessageLog
-from looplet.pause import Pause, hash_calls
-from looplet.segments import GONE_ON, Paused
+from looplet.pause import FORMAT, Pause, hash_calls
+from looplet.segments import Paused
 from looplet.telemetry import semconv
 from looplet.telemetry.attributes import hash_arguments
 from looplet.telemetry.otlp_file import require_lines
@@ -43,8 +44,10 @@ def waits_for(view: RunView) -> list[ApprovalRequest]:
 
     Raises TraceError.
     """
-    end = _pause_of(view)
-    return [] if end is None else _record_of(end).requests
+    if (end := _pause_of(view)) is None:
+        return []
+    told = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
+    return as_type(end, semconv.PAUSE, told.get("requests"), list[ApprovalRequest])
 
 
 def _not_waiting(reason: str | None) -> str:
@@ -106,7 +109,11 @@ def _pause_of(view: RunView) -> SpanNode | None:
 
 
 def _record_of(end: SpanNode) -> Pause:
-    return as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), Pause)
+    told = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
+    if type(written := told.get("format", 1)) is int and written != FORMAT:
+        age = "an older" if written < FORMAT else "a newer"
+        raise end.problem(f"{age} looplet wrote this pause (format {written}, not {FORMAT}); resume with that looplet")
+    return as_type(end, semconv.PAUSE, told, Pause)
 
 
 def _check_record(view: RunView, end: SpanNode, record: Pause) -> None:

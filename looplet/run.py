@@ -15,6 +15,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from looplet.arguments import strict_names
 from looplet.base_run import BaseRun
 from looplet.errors import ConfigError
 from looplet.executors import AsyncExecutor, SyncExecutor
@@ -45,7 +46,8 @@ class Run(BaseRun[SyncExecutor], Iterator["Step"]):
     def close(self, reason: str = "closed_by_caller") -> None:
         """End the run now, in order; does nothing when it has ended.
 
-        From a hook or another thread: as soon as what is going on there has come back.
+        From a hook or another thread: as soon as what is going on there has come back; a model call is not waited
+        for where the run has a `cancel_token`.
         """
         if self._nothing_to_leave(reason):
             return
@@ -112,7 +114,8 @@ class AsyncRun(BaseRun[AsyncExecutor], AsyncIterator["Step"]):
     async def aclose(self, reason: str = "closed_by_caller") -> None:
         """End the run now, in order; does nothing when it has ended.
 
-        From a hook, or while another task awaits a step: as soon as what is going on there has come back.
+        From a hook, or while another task awaits a step: as soon as what is going on there has come back, but a model
+        call is not waited for.
         """
         if self._nothing_to_leave(reason):
             return
@@ -181,6 +184,15 @@ def _reason_for(kind: type[BaseException] | None) -> str:
     return "closed_by_caller" if kind is None or issubclass(kind, GeneratorExit) else "exception_in_body"
 
 
+def _elsewhere(name: str) -> str | None:
+    from looplet.config import LoopConfig
+
+    if name == "meter_provider":
+        return "there are no metrics yet"
+    return f"it is a setting, config=LoopConfig({name}=...)" if name in LoopConfig.__dataclass_fields__ else None
+
+
+@strict_names(_elsewhere)
 def composable_loop(
     llm: Any,
     task: dict[str, Any] | None = None,
@@ -221,6 +233,7 @@ def composable_loop(
     return Run(make_scope(llm, task, tools, sync=True, **settings), SyncExecutor())
 
 
+@strict_names(_elsewhere)
 def async_composable_loop(
     llm: Any,
     task: dict[str, Any] | None = None,

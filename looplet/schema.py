@@ -9,8 +9,6 @@ by value, to say everything that is wrong with it at once.
 from __future__ import annotations
 
 import inspect
-import itertools
-import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypedDict
 
+from looplet.docstrings import docstring_texts
 from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.jsonschema import Checker, Problem, Schema, additional_schema, expected_text, nearest_name, shown_value
 from looplet.types import cut
@@ -163,7 +162,7 @@ def function_parameters(function: Callable[..., Any]) -> Parameters:
     required = tuple(name for name in hints if name not in defaults)
 
     schemas, definitions = _components(list(hints.values()))
-    texts = _docstring_texts(inspect.getdoc(body) or "")
+    texts = docstring_texts(inspect.getdoc(body) or "")
     properties = {}
     for (name, hint), schema in zip(written.items(), schemas, strict=True):
         text = _annotated_text(hint) or texts.get(name)
@@ -331,10 +330,16 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
 
 
 def _call_converter(hints: dict[str, Any], required: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Return a converter for whole calls: a TypedDict leaves the defaults to the function."""
+    """Return a converter for whole calls: a TypedDict leaves the defaults to the function.
+
+    It stands in a struct, because msgspec works out once what a struct holds, and a TypedDict at each call.
+    """
+    import msgspec
+
     make: Any = TypedDict
     fields = {name: hint if name in required else typing.NotRequired[hint] for name, hint in hints.items()}
-    return _converter(make("Arguments", fields))
+    convert = _converter(msgspec.defstruct("Call", [("arguments", make("Arguments", fields))]))
+    return lambda args: convert({"arguments": args}).arguments
 
 
 def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
@@ -356,43 +361,3 @@ def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
     if "properties" in tidy:
         tidy.setdefault("additionalProperties", False)
     return tidy
-
-
-# --- docstrings -------------------------------------------------------------------------------------------------
-
-# indentation, names, first line of the text
-_REST_ENTRY = re.compile(r"( *):(?:param|parameter|arg|argument)\s+(?:[^:]*\s)?\*{0,2}(\w+):\s*(.*)")
-_GOOGLE_ENTRY = re.compile(r"( *)\*{0,2}(\w+)\s*(?:\(.*?\))?\s*:\s*(.*)")
-_NUMPY_ENTRY = re.compile(r"( *)(\*{0,2}\w+(?:\s*,\s*\*{0,2}\w+)*)\s*(?::.*)?()$")
-_GOOGLE_HEAD = re.compile(r"(?:Args|Arguments|Parameters|Params):\s*$")
-
-
-def _docstring_texts(doc: str) -> dict[str, str]:
-    """Return parameter name to description, from a cleaned docstring in Google, NumPy or reST form."""
-    lines = doc.splitlines()
-    texts = _entries(lines, _REST_ENTRY)
-    for i, line in enumerate(lines):
-        if _GOOGLE_HEAD.match(line):
-            section = itertools.takewhile(lambda text: not text or text[0] == " ", lines[i + 1 :])
-            texts |= _entries(section, _GOOGLE_ENTRY)
-        elif line.strip() == "Parameters" and lines[i + 1 : i + 2] and set(lines[i + 1].strip()) == {"-"}:
-            heads = (j for j in range(i + 2, len(lines)) if set(lines[j].strip()) == {"-"})
-            texts |= _entries(lines[i + 2 : next(heads, len(lines) + 1) - 1], _NUMPY_ENTRY)
-    return texts
-
-
-def _entries(lines: Iterable[str], pattern: re.Pattern[str]) -> dict[str, str]:
-    """Join each entry with the lines below it that are indented further."""
-    texts: dict[str, list[str]] = {}
-    names: list[str] = []
-    indent = sys.maxsize
-    for line in filter(str.strip, lines):
-        if len(line) - len(line.lstrip()) > indent:
-            for name in names:
-                texts[name].append(line.strip())
-        elif match := pattern.match(line):
-            names, indent = re.findall(r"\w+", match[2]), len(match[1])
-            texts |= {name: [match[3]] for name in names}
-        else:
-            indent = sys.maxsize
-    return {name: " ".join(filter(None, parts)) for name, parts in texts.items()}

@@ -8,17 +8,19 @@ only goes on from it: what it waits for is done once.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from opentelemetry.trace import Link, SpanContext, TraceFlags, TraceState
 
 from looplet.approval import ApprovalRequest, Verdict, Verdicts, verdicts_of
+from looplet.approvals import GONE_ON, Once
+from looplet.call_ids import CallIds
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError
+from looplet.guards import require_guards
 from looplet.message_log import MessageLog
 from looplet.messages import Message
 from looplet.pause import Counters, Pause, Settings, hash_calls
@@ -26,26 +28,6 @@ from looplet.scope import RunScope, note_state
 from looplet.state import LogEntry, SessionLog, entry_of
 from looplet.telemetry.otlp_file import claim
 from looplet.types import Step, ToolCall
-
-GONE_ON: Final = "the run has gone on from this pause already; what it waited for is not done twice"
-
-
-class Once:
-    """Lets one of those who ask go on."""
-
-    __slots__ = ("_lock", "is_taken")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.is_taken = False
-
-    def take(self, confirm: Callable[[], None]) -> None:
-        """Go on if nobody has, and if `confirm` does not raise.  Raises ConfigError for everybody else."""
-        with self._lock:
-            if self.is_taken:
-                raise ConfigError(GONE_ON)
-            confirm()
-            self.is_taken = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +91,29 @@ def record_of(run: RunScope) -> Pause:
     state, recorder, clean = run.state, run.trace.recorder, run.boundary.clean
     context, metadata = recorder.root_context, clean(getattr(state, "metadata", None))
     return Pause(
-        requests=list(run.requests),
-        held=list(run.held),
-        held_sha256=hash_calls(run.held),
+        requests=list(run.approvals.requests),
+        held=list(run.approvals.held),
+        held_sha256=hash_calls(run.approvals.held),
         turn=run.trace.turn_number,
         segment=run.segment,
-        model_calls=run.model_calls,
+        model_calls=run.outgoing.count,
         trace_flags=int(context.trace_flags) if recorder.is_decided else int(TraceFlags.SAMPLED),
         trace_state=context.trace_state.to_header(),
         counters=Counters.of(state),
         metadata=metadata if isinstance(metadata, dict) else {},
         theory=run.boundary.text(run.session_log.current_theory),
         notes=_notes(run),
-        briefing=list(run.briefing),
-        turn_prompt=run.turn_prompt,
-        unclaimed=run.unclaimed,
+        briefing=list(run.outgoing.briefing),
+        turn_prompt=run.outgoing.text,
+        unclaimed=run.ledger.unclaimed,
         spent=recorder.ledger.written(),
         elapsed_s=run.guard.elapsed_s,
         hooks=[(name, clean(told)) for name, told in run.hooks.state_dicts()],
         settings=Settings.of(run.config, run.boundary.text(run.config.system_prompt)),
         redacted=bool(run.boundary.redactors),
         redacted_late=recorder.late is not None,
+        guards=[kinds[0] for kinds in run.hooks.guards()],
+        limits=run.guard.limited,
     )
 
 
@@ -147,7 +131,7 @@ def told_by(steps: Iterable[Step]) -> list[LogEntry]:
 
 def paused_run(run: RunScope) -> Paused | None:
     """Return what a live run goes on with, None unless it waits."""
-    if run.pause is None:
+    if run.approvals.pause is None:
         return None
     root = run.trace.root
     assert root is not None
@@ -158,17 +142,17 @@ def paused_run(run: RunScope) -> Paused | None:
         root.context.trace_id,
         first,
         root.context.span_id,
-        run.pause,
+        run.approvals.pause,
         run.recorded_task,
         list(run.state.steps),
         list(run.conversation),
-        run.log,
+        run.outgoing.log,
         list(run.call_ids),
         run.config,
         next((file for sink in sinks if (file := _file_of(sink, run.run_id)) is not None), None),
         sinks,
         run.rewrites,
-        run.once,
+        run.approvals.once,
     )
 
 
@@ -203,23 +187,24 @@ def go_on(run: RunScope, paused: Paused, verdict: Verdicts | None) -> None:
     """Put a new run into the place where the paused one stopped.  Raises ConfigError for what does not fit it."""
     if paused.once.is_taken:
         raise ConfigError(GONE_ON)
-    _check_redaction(run, paused)
-    _check_tools(run, paused.record.requests)
     record, recorder = paused.record, run.trace.recorder
-    run.held, run.verdicts, asked_again = prepare(paused, verdict)
-    run.claim = paused.claim
+    _check_redaction(run, paused)
+    require_guards(record.guards, record.limits, run.hooks.guards(), run.guard.limited)
+    _check_tools(run, record.requests)
+    run.approvals.held, run.approvals.verdicts, asked_again = prepare(paused, verdict)
+    run.approvals.claim = paused.claim
     run.task = run.recorded_task = paused.task
     run.rewrites = run.trace.withhold_results = paused.rewrites
     _restore_messages(run, paused, asked_again)
-    run.call_ids = dict.fromkeys((*paused.call_ids, *(call.call_id for call in run.held)), 1)
-    run.briefing, run.turn_prompt = list(record.briefing), record.turn_prompt
-    run.model_calls, run.segment = record.model_calls, record.segment + 1
+    run.call_ids = CallIds((*paused.call_ids, *(call.call_id for call in run.approvals.held)))
+    run.outgoing.briefing, run.outgoing.text = list(record.briefing), record.turn_prompt
+    run.outgoing.count, run.segment = record.model_calls, record.segment + 1
     run.links = [paused.link]
     run.trace.turn_number = record.turn - 1  # the turn goes on
     recorder.ledger.restore(record.spent)
     recorder.file = paused.path
     run.guard.resume(record.elapsed_s)
-    run.give_back(record.unclaimed)
+    run.ledger.unclaimed = record.unclaimed
     _restore_state(run, paused)
     _restore_session_log(run.session_log, paused)
     run.hooks.load_state_dicts(record.hooks)
@@ -249,8 +234,8 @@ def _restore_messages(run: RunScope, paused: Paused, more: Iterable[Message]) ->
     for message in (*paused.conversation, *more):
         run.conversation.append(message, clean=is_clean)
     late = run.trace.recorder.late
-    run.log = paused.log
-    run.log.redact_with(None if late is None else late.clean)
+    run.outgoing.log = paused.log
+    run.outgoing.log.redact_with(None if late is None else late.clean)
 
 
 def _restore_state(run: RunScope, paused: Paused) -> None:
@@ -259,7 +244,7 @@ def _restore_state(run: RunScope, paused: Paused) -> None:
     for name in ("queries_used", "free_steps", "last_error"):
         if (value := getattr(record.counters, name)) is not None:
             note_state(state, name, value)
-    note_state(state, "usage", run.trace.recorder.ledger.own)
+    note_state(state, "usage", run.ledger.own)
     if isinstance(given := getattr(state, "metadata", None), dict):
         note_state(state, "metadata", {**record.metadata, **given})
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, Final, TypeAlias
 
+from looplet.arguments import optional, require, template, whole
 from looplet.decisions import HookDecision, InjectContext, Stop
-from looplet.errors import ConfigError
 from looplet.messages import encode, sha256
 from looplet.per_run import PerRun
 from looplet.types import ToolCall, ToolResult
@@ -56,8 +56,9 @@ class StagnationHook:
         ignore_tools: Collection[str] | None = None,
         stop_after: int | None = None,
     ) -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 2:
-            raise ConfigError(f"threshold must be a whole number from 2, not {threshold!r}: one call repeats nothing")
+        require("threshold", threshold, whole(2))  # one call repeats nothing
+        require("stop_after", stop_after, optional(whole(0)))
+        require("nudge", nudge, template(count=1))
         self._fingerprint = fingerprint
         self._threshold = threshold
         self._nudge = nudge
@@ -65,6 +66,8 @@ class StagnationHook:
         self._reset = reset_after_nudge
         self._ignored = frozenset((ignore_tools,) if isinstance(ignore_tools, str) else ignore_tools or ())
         self._stop_after = stop_after
+        self.looplet_guard: Final = True if stop_after is not None else None
+        self.looplet_tool_names: Final = sorted(self._ignored)
         self._memories: PerRun[_Memory] = PerRun(self._recall)
 
     def pre_loop(self, state: Any, session_log: Any, context: Any) -> None:

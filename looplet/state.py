@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from looplet.frozen import quickly_made
 from looplet.types import Step, Usage
 
 
@@ -58,6 +59,7 @@ class DefaultState:
         }
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class LogEntry:
     """One line of a session log."""

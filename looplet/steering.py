@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -15,10 +15,10 @@ from looplet.events import EventPayload, LifecycleEvent, slot
 from looplet.hooks import GATES, BoundMethod
 from looplet.plan import Effects, Skipped
 from looplet.scope import RunScope
-from looplet.telemetry import semconv
+from looplet.telemetry import attributes, semconv
 from looplet.telemetry.recorder import error_name
 from looplet.telemetry.spans import Phase
-from looplet.types import ToolResult
+from looplet.types import Step, ToolResult
 
 logger = logging.getLogger("looplet")
 
@@ -44,7 +44,7 @@ def consult_raw(
         value = yield from phase.call(thunk)
         if take(value):
             _record(run, phase, bound, ["rewrite"], "", perf_counter() - began)
-            yield from _tell_decision(run, phase, bound, HookDecision())
+            yield from _announce_decision(run, phase, bound, HookDecision())
             return HookDecision()
         decision = _clean(run, interpret(value, bound.hook, bound.method))
     except Skipped:
@@ -54,9 +54,9 @@ def consult_raw(
     else:
         if said := ["ask"] if decision.is_ask() else decision.said():
             _record(run, phase, bound, said, decision.reason, perf_counter() - began)
-            yield from _tell_decision(run, phase, bound, decision)
+            yield from _announce_decision(run, phase, bound, decision)
     if decision.additional_context:
-        run.briefing.append(decision.additional_context)
+        run.outgoing.briefing.append(decision.additional_context)
     if decision.stop is not None:
         run.say_stop(decision.stop)
     return decision
@@ -75,6 +75,12 @@ def payload(run: RunScope, event: LifecycleEvent, **facts: Any) -> EventPayload:
     """Return what hooks are told of an event."""
     facts.setdefault("step_num", len(run.state.steps) + 1)
     return EventPayload(event, state=run.state, session_log=run.session_log, context=run.context, **facts)
+
+
+def record_results(run: RunScope, phase: Phase, steps: Iterable[Step]) -> None:
+    """Record results that were withheld until hooks had seen them; not where a hook rewrites requests."""
+    for step in () if run.rewrites else steps:
+        phase.event(semconv.EVENT_STEP, attributes.of_step(step))
 
 
 def clean_result(run: RunScope, result: ToolResult, duration_ms: float | None = None) -> ToolResult:
@@ -104,7 +110,7 @@ def clean_result(run: RunScope, result: ToolResult, duration_ms: float | None = 
     )
 
 
-def _tell_decision(run: RunScope, phase: Phase, bound: BoundMethod, decision: HookDecision) -> Effects[None]:
+def _announce_decision(run: RunScope, phase: Phase, bound: BoundMethod, decision: HookDecision) -> Effects[None]:
     if bound.method != slot(LifecycleEvent.HOOK_DECISION):
         facts = {"hook_slot": bound.method, "hook_name": bound.hook, "extra": {"decision": decision}}
         yield from announce(run, phase, LifecycleEvent.HOOK_DECISION, **facts)

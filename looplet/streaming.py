@@ -192,7 +192,7 @@ class Stream:
     Nobody waits for a thread that is handing out events: that one hands out the others', too.
     """
 
-    __slots__ = ("_handing_out", "_waiting", "emitters")
+    __slots__ = ("_handing_out", "_is_busy", "_waiting", "emitters")
 
     def __init__(self, emitters: Iterable[Any] = ()) -> None:
         kept: list[Emitter] = []
@@ -201,7 +201,8 @@ class Stream:
                 kept.append(emitter)
         self.emitters = tuple(kept)
         self._waiting: deque[StreamEvent] = deque()
-        self._handing_out = threading.Lock()
+        self._handing_out = threading.RLock()  # a Ctrl-C may leave it taken; its thread can take it again
+        self._is_busy = False
 
     def __bool__(self) -> bool:
         return bool(self.emitters)
@@ -211,18 +212,27 @@ class Stream:
         self._waiting.append(event)
         while self._waiting and self._handing_out.acquire(blocking=False):
             try:
+                if self._is_busy:  # an emitter emits: whoever called it goes on
+                    return
                 self._hand_out()
             finally:
                 self._handing_out.release()
 
     def _hand_out(self) -> None:
-        while self._waiting:
-            event = self._waiting.popleft()
-            for emitter in self.emitters:
-                try:
-                    emitter.emit(event)
-                except Exception as error:  # noqa: BLE001 - the user's emitter; watching must not end the run
-                    count_drop(FAILED, f"{type(emitter).__name__}: {error!r}")
+        self._is_busy = True
+        try:
+            while self._waiting:
+                event = self._waiting.popleft()
+                for emitter in self.emitters:
+                    self._tell(emitter, event)
+        finally:
+            self._is_busy = False
+
+    def _tell(self, emitter: Emitter, event: StreamEvent) -> None:
+        try:
+            emitter.emit(event)
+        except Exception as error:  # noqa: BLE001 - the user's emitter; watching must not end the run
+            count_drop(FAILED, f"{type(emitter).__name__}: {error!r}")
 
 
 class StreamingHook:

@@ -8,7 +8,7 @@ with an end, `agent_tool` is the tool.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from looplet.awaiting import discard, is_awaitable
@@ -66,13 +66,13 @@ def run_sub_loop(
         max_steps=_steps(max_steps, config, state), system_prompt=system_prompt or None,
     )  # fmt: skip
     report = _Report(run, parent_hooks or (), subagent_id or run.run_id, counter)
-    report.tell(LifecycleEvent.SUBAGENT_START)
+    report.announce(LifecycleEvent.SUBAGENT_START)
     try:
         with run:
             for _ in run:
                 pass
     finally:
-        report.tell(LifecycleEvent.SUBAGENT_STOP)
+        report.announce(LifecycleEvent.SUBAGENT_STOP)
     return report.outcome(build_summary)
 
 
@@ -101,13 +101,13 @@ async def async_run_sub_loop(
         max_steps=_steps(max_steps, config, state), system_prompt=system_prompt or None,
     )  # fmt: skip
     report = _Report(run, parent_hooks or (), subagent_id or run.run_id, counter)
-    await report.tell_async(LifecycleEvent.SUBAGENT_START)
+    await report.announce_async(LifecycleEvent.SUBAGENT_START)
     try:
         async with run:
             async for _ in run:
                 pass
     finally:
-        await report.tell_async(LifecycleEvent.SUBAGENT_STOP)
+        await report.announce_async(LifecycleEvent.SUBAGENT_STOP)
     return report.outcome(build_summary)
 
 
@@ -124,9 +124,13 @@ def agent_tool(
 ) -> ToolSpec:
     """Return a tool that hands a task, in words, to an agent of its own, and returns its answer.
 
-    The tool fails when the agent does not finish.  `settings` are those of `ToolSpec` (`timeout_s`,
+    The agent has the tool's name, unless its `config` gives it another.  The tool fails when the agent does not finish.
+    `settings` are those of `ToolSpec` (`timeout_s`,
     `concurrent_safe`, ...).  With an async backend the tool is `async def`.
     """
+    max_steps, config = _steps(max_steps, config, None), config or LoopConfig()
+    if config.agent_name == LoopConfig().agent_name:
+        config = replace(config, agent_name=name)
     given: dict[str, Any] = {"max_steps": max_steps, "system_prompt": system_prompt, "config": config}
 
     def ask(task: str) -> Any:
@@ -180,14 +184,14 @@ class _Report:
     subagent_id: str
     counter: _Counter
 
-    def tell(self, event: LifecycleEvent) -> None:
+    def announce(self, event: LifecycleEvent) -> None:
         for hook, answer in self._answers(event):
             if is_awaitable(answer):
                 discard(answer)
                 raise ConfigError(f"{_name(hook)}.on_event is `async def`: call async_run_sub_loop in an async tool")
             interpret(answer, _name(hook), slot(event))
 
-    async def tell_async(self, event: LifecycleEvent) -> None:
+    async def announce_async(self, event: LifecycleEvent) -> None:
         for hook, answer in self._answers(event):
             interpret(await answer if is_awaitable(answer) else answer, _name(hook), slot(event))
 

@@ -12,7 +12,9 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final
 
-from looplet.plan import CallTimeout
+from looplet.cancel import CancelToken
+from looplet.latch import Latch
+from looplet.plan import CallCancelled, CallTimeout
 
 MAX_IDLE: Final = 32
 """threads kept for later calls; the ones beyond end with their call"""
@@ -21,17 +23,13 @@ _idle: list[Worker] = []
 
 
 class Job:
-    """A thunk that some thread runs; `outcome` says what came of it.
+    """A thunk that some thread runs; `outcome` says what came of it."""
 
-    Waits on a plain lock: `threading.Event` is written in Python, and a Ctrl-C in the middle of it leaves it locked.
-    """
-
-    __slots__ = ("_callback", "_gate", "_is_done", "_lock", "_thunk", "error", "value")
+    __slots__ = ("_callback", "_is_done", "_latch", "_lock", "_thunk", "error", "value")
 
     def __init__(self, thunk: Callable[[], Any]) -> None:
         self._thunk: Callable[[], Any] | None = thunk
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self._latch = Latch()
         self._is_done = False
         self._lock = threading.Lock()
         self._callback: Callable[[], object] | None = None
@@ -53,7 +51,7 @@ class Job:
         with self._lock:
             self._is_done = True
             callback = self._callback
-        self._gate.release()
+        self._latch.open()
         if callback is not None:
             callback()
 
@@ -67,15 +65,27 @@ class Job:
 
     def wait_done(self, timeout_s: float | None = None) -> None:
         """Wait until the job has ended; raises `CallTimeout` after `timeout_s` seconds."""
-        if not self._gate.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
+        if not self._latch.wait(timeout_s):
             raise CallTimeout
-        self._gate.release()  # for whoever else waits
 
     def outcome(self) -> Any:
         """Return the value or raise the error of a job that is done."""
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def wait_for_either(job: Job, token: CancelToken, timeout_s: float | None = None) -> None:
+    """Wait until the job has ended; raises `CallCancelled` when the token is cancelled before, else `CallTimeout`."""
+    over = CancelToken(token)
+    job.notify(over.cancel)
+    over.wait(timeout_s)
+    try:
+        job.wait_done(0)
+    except CallTimeout:
+        if token.is_cancelled:
+            raise CallCancelled from None
+        raise
 
 
 class Worker:

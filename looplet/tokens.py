@@ -40,7 +40,7 @@ class TokenEstimate:
     A list of messages may only grow; whoever edits puts another list in its place.
     """
 
-    __slots__ = ("_counted", "_first", "_list", "_overhead", "_ratio", "_report", "_size", "reported")
+    __slots__ = ("_counted", "_first", "_least", "_list", "_overhead", "_ratio", "_report", "_size", "reported")
 
     def __init__(self) -> None:
         self.reported = 0
@@ -50,6 +50,8 @@ class TokenEstimate:
         self._size = 0
         self._overhead = 0.0
         self._ratio = 1 / BYTES_PER_TOKEN
+        self._least = 0.0
+        """tokens per byte below which no request is taken to be: not 0 where the line alone would lead below zero"""
         self._report: tuple[list[Any], int, int] | None = None
         """messages, how many of them, input tokens: not looked at yet"""
         self._first: tuple[int, int] | None = None
@@ -59,7 +61,7 @@ class TokenEstimate:
         """Return the tokens of a request that sends these messages."""
         self._learn()
         size = self._size_of(messages, len(messages))
-        return max(0, round(self._overhead + self._ratio * size))
+        return round(max(self._least * size, self._overhead + self._ratio * size))
 
     def calibrate(self, messages: list[Any], input_tokens: int) -> None:
         """Take note that a request with these messages was `input_tokens` long."""
@@ -79,6 +81,7 @@ class TokenEstimate:
         if abs(grown := size - first_size) >= LEAST_GROWTH:
             self._ratio = min(MOST_RATIO, max(LEAST_RATIO, (tokens - first_tokens) / grown))
         self._overhead = tokens - self._ratio * size
+        self._least = tokens / size if self._overhead < 0 else 0.0
 
     def _size_of(self, messages: list[Any], count: int) -> int:
         if messages is not self._list or count < self._counted:

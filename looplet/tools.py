@@ -12,48 +12,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Self, overload
+from typing import Any, Final, Self, overload
 
+from looplet import arguments
+from looplet.arguments import check, optional, shown, strict_names
 from looplet.boundary import is_json
-from looplet.cancel import CancelToken
 from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
 from looplet.messages import encode
 from looplet.schema import Parameters, declared_parameters, function_parameters
+from looplet.toolcontext import ToolContext as ToolContext  # noqa: PLC0414 - its public home is here
 from looplet.toolerrors import to_tool_error
 from looplet.types import ToolCall, ToolResult, summarize_args
 
-
-@dataclass(slots=True)
-class ToolContext:
-    """What a tool gets beside its arguments; fresh for each call."""
-
-    cancel_token: CancelToken = field(default_factory=CancelToken)
-    """cancelled when nobody waits for the call any more: it took too long, or the run was left"""
-    on_progress: Callable[[str, Any], Any] | None = None
-    session_id: str | None = None
-    """the run's id"""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """`LoopConfig.tool_metadata` and the state's, in a dict of this call's own"""
-    llm: Any = None
-    """the run's model; what it is asked is part of the run"""
-    request_approval: Callable[[str, list[str]], str | None] | None = None
-    warnings: list[str] = field(default_factory=list)
-    resources: dict[str, Any] = field(default_factory=dict)
-
-    def report_progress(self, stage: str, data: Any = None) -> None:
-        """Tell how far the call is."""
-        if self.on_progress is not None:
-            self.on_progress(stage, data)
-
-    def warn(self, message: str) -> None:
-        """Add a warning to the call's result."""
-        self.warnings.append(message)
-
-    def approve(self, prompt: str, options: Sequence[str] = ("approve", "deny")) -> str | None:
-        """Ask a human; returns one of the options, None when nobody can be asked."""
-        return self.request_approval(prompt, list(options)) if self.request_approval else None
+_KINDS: Final = {
+    "description": arguments.TEXT,
+    "parameters": optional(arguments.Kind("a dict", lambda value: isinstance(value, (Mapping, Parameters)))),
+    "execute": arguments.FUNCTION,
+    "concurrent_safe": arguments.FLAG,
+    "free": arguments.FLAG,
+    "timeout_s": optional(arguments.SECONDS),
+    "requires": arguments.NAMES,
+    "tags": arguments.NAMES,
+    "aliases": arguments.DICT,
+    "retries": arguments.whole(0),
+    "idempotent": arguments.FLAG,
+}
 
 
+@strict_names()
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
     """A function as a tool.
@@ -84,20 +70,19 @@ class ToolSpec:
     idempotent: bool = False
     """making the call twice does no more than making it once: it may be repeated when nobody knows its effect"""
     _signature: Parameters = field(init=False, repr=False, compare=False)
-    _accepts_ctx: bool = field(init=False, repr=False, compare=False)
+    accepts_ctx: bool = field(init=False, repr=False, compare=False)
     is_async: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", self.name):
-            raise ConfigError(f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-'")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ConfigError(f"tool {self.name!r}: timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
-        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
-            raise ConfigError(f"tool {self.name!r}: retries must be a whole number from 0, not {self.retries!r}")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", self.name):
+            raise ConfigError(
+                f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-', @tool(name=...)"
+            )
+        check(self, _KINDS, f"tool {self.name!r}: ")
         inferred = function_parameters(self.execute)
         put = partial(object.__setattr__, self)
         put("_signature", _parameters_of(self.parameters, inferred))
-        put("_accepts_ctx", inferred.accepts_ctx)
+        put("accepts_ctx", inferred.accepts_ctx)
         put("is_async", _is_async(self.execute))
 
     @property
@@ -129,10 +114,10 @@ class ToolSpec:
     def named(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments under the names that the function gets: aliases resolved, a bare value unwrapped."""
         renamed = self.rename(args) if self.aliases else dict(args)
+        if "_raw_arg" not in renamed or "_raw_arg" in self._signature.names:
+            return renamed
         required = self._signature.required
-        if renamed.keys() == {"_raw_arg"} and "_raw_arg" not in self._signature.names and len(required) == 1:
-            return {required[0]: renamed["_raw_arg"]}
-        return renamed
+        return {required[0]: renamed["_raw_arg"]} if len(renamed) == len(required) == 1 else renamed
 
     def as_they_will_run(self, args: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments under their own names and converted (`"5"` to 5), where the result is JSON-like.
@@ -144,12 +129,14 @@ class ToolSpec:
             values = self._signature.validate(self.name, named)
         except ToolError:
             return named if named != args else args
+        if all([values.get(name, ...) is given for name, given in args.items()]):  # noqa: C419 - faster than a generator
+            return args
         mended = {name: values[name] if is_json(values.get(name, ...)) else given for name, given in named.items()}
         return args if encode(mended) == encode(args) else mended
 
     def bind(self, kwargs: dict[str, Any], ctx: ToolContext) -> Callable[[], Any]:
         """Return the call, ready to run."""
-        return partial(self.execute, **kwargs, ctx=ctx) if self._accepts_ctx else partial(self.execute, **kwargs)
+        return partial(self.execute, **kwargs, ctx=ctx) if self.accepts_ctx else partial(self.execute, **kwargs)
 
     def spec_text(self) -> str:
         """Return two lines for prompts: the signature and the description."""
@@ -201,6 +188,8 @@ def _parameters_of(given: Mapping[str, Any] | Parameters | None, inferred: Param
 def _spec_of(
     fn: Callable[..., Any], *, name: str | None = None, description: str | None = None, **rest: Any
 ) -> ToolSpec:
+    if not callable(fn):
+        raise ConfigError(f"@tool takes its settings by name, @tool(description=...), not {shown(fn)}")
     settings = [f.name for f in fields(ToolSpec) if f.init]
     if strange := [setting for setting in rest if setting not in settings]:
         raise ConfigError(f"@tool has no setting {strange[0]!r}{did_you_mean(strange[0], settings)}")
@@ -218,6 +207,8 @@ class BaseToolRegistry:
 
     def register(self, spec: ToolSpec | Callable[..., Any]) -> ToolSpec:
         """Add a tool; raises ConfigError when the name is taken."""
+        if not callable(spec):
+            raise ConfigError(f"a tool is a function or a ToolSpec, not {shown(spec)}")
         found = spec if isinstance(spec, ToolSpec) else tool(spec)
         if found.name in self._tools:
             raise ConfigError(f"two tools are called {found.name!r}; give one of them another name: @tool(name=...)")
@@ -272,6 +263,8 @@ class BaseToolRegistry:
 
     def needed(self, spec: ToolSpec) -> dict[str, Any]:
         """Return the resources a tool requires; raises ToolError when one is missing."""
+        if not spec.requires:
+            return {}
         if missing := [name for name in spec.requires if name not in self.resources]:
             raise ToolError(f"tool {spec.name!r} needs resource {missing[0]!r}: registry.set_resources({{...}})")
         return {name: self.resources[name] for name in spec.requires}
@@ -297,6 +290,7 @@ class BaseToolRegistry:
         return name in self._tools
 
 
+@strict_names()
 def tools_from(
     specs: Iterable[ToolSpec | Callable[..., Any]],
     *,
@@ -306,8 +300,9 @@ def tools_from(
     done_parameters: Mapping[str, Any] | None = None,
 ) -> BaseToolRegistry:
     """Build a registry out of functions and `ToolSpec`s; raises ConfigError when it is given something else."""
-    if callable(specs) or not isinstance(specs, Iterable):
-        raise ConfigError(f"tools_from takes a list of tools: tools_from([{getattr(specs, 'name', '...')}])")
+    if callable(specs) or isinstance(specs, (str, Mapping)) or not isinstance(specs, Iterable):
+        name = getattr(specs, "name", "...")
+        raise ConfigError(f"tools_from takes a list of tools, not {shown(specs)}: tools_from([{name}])")
     registry = BaseToolRegistry()
     for spec in specs:
         registry.register(spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from looplet.messages import Conversation, Message, Part
@@ -37,7 +37,7 @@ def answers(messages: Sequence[Message]) -> Iterator[Answer]:
                 yield Answer(at, number, call_at, part["id"], tool)
 
 
-def split(conversation: Conversation, keep_recent: int) -> tuple[list[Message], list[Message]]:
+def split(conversation: Iterable[Message], keep_recent: int) -> tuple[list[Message], list[Message]]:
     """Return the old messages and those of the last `keep_recent` turns; a turn begins with the model's reply.
 
     No tool call is parted from its result, and what the user said last is recent.
@@ -52,6 +52,23 @@ def split(conversation: Conversation, keep_recent: int) -> tuple[list[Message], 
         if answer.at >= cut_at and answer.call_at is not None:
             cut_at = min(cut_at, answer.call_at)
     return messages[:cut_at], messages[cut_at:]
+
+
+def damage(before: Sequence[Message], after: Sequence[Message]) -> str:
+    """Return why no provider would take what an edit has left, in words; empty where it would."""
+    if any(message.role == "user" for message in before) and not any(message.role == "user" for message in after):
+        return "left no message of the user"
+    if alone := _unpaired(after) - _unpaired(before):
+        return f"parted the tool call {min(alone)!r} from its result"
+    return ""
+
+
+def _unpaired(messages: Sequence[Message]) -> set[str]:
+    """Return the ids of calls without a result, and of results without a call."""
+    called = {part["id"] for message in messages for part in message.parts if part["type"] == "tool_call"}
+    paired = {answer.call_id for answer in answers(messages) if answer.call_at is not None}
+    alone = {answer.call_id for answer in answers(messages) if answer.call_at is None}
+    return (called - paired) | alone
 
 
 def task_of(conversation: Conversation) -> Message | None:

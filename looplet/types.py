@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from looplet.errors import ErrorKind, ToolError
+from looplet.frozen import quickly_made
 from looplet.parts import describe, with_markers
 
 JSON: TypeAlias = "dict[str, Any] | list[Any] | str | int | float | bool | None"
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and money of model calls; cached and reasoning tokens are part of input and output."""
@@ -54,6 +56,7 @@ class Usage:
 NO_USAGE = Usage()
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A request by the model to run one tool."""
@@ -76,6 +79,7 @@ class ToolCall:
         }
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What one tool call came to: `data` on success, `error` and `error_detail` otherwise."""
@@ -129,6 +133,7 @@ class ToolResult:
         return cls(**fields, warnings=warnings, error_detail=ToolError.from_dict(detail) if detail else None)
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One model response, whatever the provider."""
@@ -155,13 +160,16 @@ class Delta:
     kind: str
     """`text`, `reasoning` or `tool_call`"""
     text: str = ""
-    """more of the text; of a tool call: more of its arguments, as JSON text"""
+    """what is added: to the text, to the reasoning, or to the call's arguments, as JSON text"""
     index: int = 0
-    """which of the reply's tool calls"""
+    """of a tool call: which of the reply's, from 0"""
     call_id: str = ""
+    """of a tool call: on one of its deltas, best on the first; an event has what was said so far"""
     tool: str = ""
+    """the tool's name, as `call_id`"""
 
 
+@quickly_made
 @dataclass(frozen=True, slots=True)
 class Step:
     """One tool call as the caller receives it, after the tool ran; a turn yields one or more."""

@@ -18,15 +18,25 @@ from collections import Counter
 from pathlib import Path
 
 from opentelemetry import trace
+from support import signals_to_main
 
-from looplet import ProvenanceSink, Trace, async_composable_loop, composable_loop, tool, tools_from
+from looplet import (
+    CancelToken,
+    LoopConfig,
+    ProvenanceSink,
+    Trace,
+    async_composable_loop,
+    composable_loop,
+    tool,
+    tools_from,
+)
 from looplet.errors import TraceError
 from looplet.telemetry.otlp_file import read_file
 from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 
-STEPS = 40
+STEPS = 100
 MAX_DELAY_S = 0.006
-"""shorter than STEPS steps take"""
+"""much shorter than STEPS steps take on any machine"""
 
 
 @tool
@@ -70,7 +80,8 @@ def make(sink, kind, steps=STEPS):
     script = [CALLS.get(kind, ("add", {"a": 1, "b": 2}))] * steps + [DONE]
     is_async = kind == "async for"
     loop, backend = (async_composable_loop, AsyncScriptedBackend) if is_async else (composable_loop, ScriptedBackend)
-    return loop(backend(script), {"goal": "g"}, TOOLS, hooks=[Hook(), sink], max_steps=3 * STEPS)
+    config = LoopConfig(cancel_token=CancelToken() if kind == "token" else None, max_steps=3 * STEPS)
+    return loop(backend(script), {"goal": "g"}, TOOLS, hooks=[Hook(), sink], config=config)
 
 
 def held(run):
@@ -108,7 +119,7 @@ def iterate(kind, runs):
         held(runs.pop())
 
 
-KINDS = ["anonymous", "held", "with", "parallel", "async tools", "async for"]
+KINDS = ["anonymous", "held", "with", "parallel", "async tools", "async for", "token"]
 
 
 def interrupt_one(sink, kind, delay, counts):
@@ -140,8 +151,8 @@ def interrupt_one(sink, kind, delay, counts):
 def next_run_works(sink):
     run = make(sink, "held", 1)
     list(run)
-    (root,) = Trace.load(sink.path).roots
-    return root.run_id == run.run_id and run.stop_reason == "done"
+    roots = [root for root in Trace.load(sink.path).roots if root.run_id == run.run_id]
+    return len(roots) == 1 and run.stop_reason == "done"
 
 
 def interrupt_many(folder, seed, count):
@@ -174,7 +185,7 @@ def stuck_run(folder, kind):
     def stuck():
         """Get stuck."""
         begun.set()
-        release.wait(5)
+        release.wait(60)
 
     async def stuck_coroutine():
         """Get stuck."""
@@ -184,7 +195,7 @@ def stuck_run(folder, kind):
     settings = {"timed": {"timeout_s": 60}, "parallel": {"concurrent_safe": True}}.get(kind.split()[-1], {})
     stuck_tool = tool(name="stuck", **settings)(stuck_coroutine if "async" in kind.split()[:1] else stuck)
     script = [[("stuck", {})] * (2 if "parallel" in kind else 1)]
-    registry, sink = tools_from([stuck_tool]), ProvenanceSink(folder)
+    registry, sink = tools_from([stuck_tool], include_done=True), ProvenanceSink(folder)
     run = (
         async_composable_loop(AsyncScriptedBackend(script), {}, registry, hooks=[sink])
         if kind == "under async for"
@@ -194,13 +205,18 @@ def stuck_run(folder, kind):
     async def main():
         return [step async for step in run]
 
-    def interrupt():
-        begun.wait(5)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupt(send):
+        begun.wait(60)
+        send()
 
-    threading.Thread(target=interrupt).start()
     try:
-        asyncio.run(main()) if kind == "under async for" else list(run)
+        if kind == "under async for":  # asyncio hears of every signal, and only looks after the usual handler
+            threading.Thread(target=interrupt, args=[lambda: os.kill(os.getpid(), signal.SIGINT)]).start()
+            asyncio.run(main())
+        else:
+            with signals_to_main() as send:
+                threading.Thread(target=interrupt, args=[send]).start()
+                list(run)
     except KeyboardInterrupt:
         assert not release.is_set()
         sys.stdout.write(f"{run.stop_reason}\n")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,31 @@ def python(*arguments: object, cwd: Path | None = None, **more: str) -> subproce
     return subprocess.run(
         command, cwd=cwd, env=environment(**more), capture_output=True, encoding="utf-8", errors="replace", timeout=120
     )
+
+
+@contextmanager
+def signals_to_main(number: int = signal.SIGINT) -> Iterator[Callable[[], None]]:
+    """Yield a function that sends the main thread a signal, again every two seconds until its handler has begun.
+
+    Once is not enough: a lock or a socket whose wait begins just then does not hear of it.
+    """
+    heard, before = threading.Event(), signal.getsignal(number)
+    assert callable(before)
+
+    def handle(*args: Any) -> Any:
+        heard.set()
+        return before(*args)
+
+    def send() -> None:
+        while not heard.is_set():
+            signal.pthread_kill(threading.main_thread().ident, number)
+            heard.wait(2)
+
+    signal.signal(number, handle)
+    try:
+        yield send
+    finally:
+        signal.signal(number, before)
 
 
 class CountingProvider(trace_api.TracerProvider):

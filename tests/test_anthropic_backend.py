@@ -933,9 +933,13 @@ SONNET = "claude-sonnet-4-5"
 ANTHROPIC = "https://api.anthropic.com"
 
 
+class Claude:
+    base_url = ANTHROPIC
+
+
 def test_reading_the_cache_is_cheaper_than_input_and_writing_it_dearer():
     plain, read, written = (
-        priced(usage, SONNET, ANTHROPIC).cost_usd
+        priced(usage, SONNET, Claude()).cost_usd
         for usage in (Usage(100_000), Usage(100_000, 0, 100_000), Usage(100_000, cache_write_tokens=100_000))
     )
     assert (plain, read, written) == (pytest.approx(0.3), pytest.approx(0.03), pytest.approx(0.375))

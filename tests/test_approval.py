@@ -267,7 +267,7 @@ def test_verdicts_that_do_not_fit_are_refused_before_anything_runs(verdict, word
 def test_one_verdict_for_several_calls_is_refused(tmp_path):
     run, ran = pause(False, tmp_path, [DELETE_A, DELETE_B], concurrent_safe=True)
     with pytest.raises(ConfigError, match="a verdict for each"):
-        composable_loop(ScriptedBackend([]), tools=ran.tools(), resume=run, verdict="approve")
+        composable_loop(ScriptedBackend([]), tools=ran.tools(), hooks=[Gate()], resume=run, verdict="approve")
 
 
 @SOURCE
@@ -355,8 +355,13 @@ def delete(path: str) -> dict:
     "Delete a file."
     return {"deleted": path}
 
+class Gate:
+    def check_permission(self, tool_call, state):
+        return True
+
 llm = ScriptedBackend([("done", {"answer": "ok"})])
-run = composable_loop(llm, tools=tools_from([delete], include_done=True), resume=sys.argv[1], verdict="approve")
+tools = tools_from([delete], include_done=True)
+run = composable_loop(llm, tools=tools, hooks=[Gate()], resume=sys.argv[1], verdict="approve")
 print(json.dumps([[step.number, step.tool_call.tool, step.tool_result.data] for step in run]))
 print(run.run_id, run.stop_reason, len(llm.requests[0]))
 """,

@@ -149,3 +149,26 @@ def test_the_pressure_hook_leaves_the_service_of_the_run_in_charge():
 
 def test_the_pressure_hook_is_silent_where_it_cannot_know():
     assert ContextPressureHook().pre_prompt(object(), None, None, 1) is None
+
+
+@pytest.mark.parametrize("per_byte", [0.5, 0.2, 0.1])
+def test_another_model_in_the_middle_of_a_run_makes_no_estimate_absurd(per_byte):
+    talk = Conversation([Message.of_text("user", "x" * 40_000)])
+    talk.calibrate(10_000)
+    talk.append(Message.of_text("assistant", "x" * 4_000))
+    now = round(per_byte * 44_000)
+    talk.calibrate(now)  # a fallback with another tokenizer answered
+    assert talk.tokens == pytest.approx(now, rel=0.01)
+    talk.replace([Message.of_text("user", "x" * 11_000)])
+    assert now / 4.1 <= talk.tokens < now
+    talk.calibrate(round(per_byte * 11_000))
+    assert talk.tokens == pytest.approx(per_byte * 11_000, rel=0.01)
+
+
+@pytest.mark.parametrize("reported", [0, -5, 10, 10**12])
+def test_a_report_of_nonsense_or_of_what_was_not_cached_leaves_an_estimate(reported):
+    talk = Conversation([Message.of_text("user", "x" * 40_000)])
+    for _ in range(3):
+        talk.calibrate(reported)
+        talk.append(Message.of_text("assistant", "x" * 4_000))
+        assert talk.tokens >= 10_000

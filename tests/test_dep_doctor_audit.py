@@ -261,7 +261,7 @@ def test_missing_project_folder_and_unknown_file_say_what_to_do(tmp_path: Path) 
         ("pyproject.toml", b'[project]\nname = "x"\nversion = \n', "not valid TOML", 3),
         ("pyproject.toml", b"[project", "not valid TOML", 1),
         ("pyproject.toml", b"a = 1\nb = '\xff'\n", "not UTF-8", 2),
-        ("package.json", b'{\n  "name": "x",\n}', "not valid JSON", 3),
+        ("package.json", b'{\n  "name": "x",\n  oops}', "not valid JSON", 3),
         ("package.json", b"[1]", "must hold a JSON object", 1),
         ("package-lock.json", b"[" * 100_000, "not usable JSON", None),
         ("uv.lock", b"package = 3\n", "array of tables", None),

@@ -1,5 +1,6 @@
 """The README and the docs: every Python block runs, in order, against a real server; every link leads somewhere."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+def run_tests(space: dict, folder: Path) -> None:
+    """Run the tests that a block defines, each once, as pytest would."""
+    for name in [name for name in space if name.startswith("test_")]:
+        test = space.pop(name)
+        test(**{"tmp_path": folder / name} if "tmp_path" in inspect.signature(test).parameters else {})
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_the_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -33,6 +41,7 @@ def test_the_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
         space: dict = {"__name__": "docs"}
         for block in blocks(page):
             exec(compile(block, str(page), "exec"), space)
+            run_tests(space, tmp_path)
         assert not server.errors
     assert "✓ greet(name='Alice')" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import threading
 import warnings
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from textwrap import dedent
 
 import pytest
@@ -26,6 +26,7 @@ from looplet import (
     tool,
     tools_from,
 )
+from looplet.awaiting import InContext
 from looplet.telemetry import semconv
 from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 
@@ -269,6 +270,14 @@ def test_parallel_async_tools_under_for_share_one_event_loop():
 async def nap() -> None:
     """Yield to the event loop."""
     await asyncio.sleep(0)
+
+
+def test_a_coroutine_that_the_collector_closed_first_is_closed_in_peace():
+    stepper = InContext(asyncio.sleep(0), copy_context()).__await__()
+    next(stepper)
+    stepper.gi_frame.f_locals["inner"].close()
+    stepper.close()
+    assert stepper.gi_frame is None
 
 
 @tool(timeout_s=0.001)

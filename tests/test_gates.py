@@ -116,7 +116,7 @@ def test_a_number_in_an_error_is_no_rate_limit(error, kind):
         ({"cancel_token": threading.Event()}, "takes a CancelToken"),
         ({"done_tools": "finish"}, r"done_tools=\['finish'\]"),
         ({"budget": BudgetCap(10)}, "goes into hooks"),
-        ({"generate_kwargs": 3}, "must be a dict, not int"),
+        ({"generate_kwargs": 3}, "must be a dict, not 3"),
         ({"max_depth": 0}, "from 1"),
         ({"max_parallel_calls": True}, "whole number"),
         ({"temperature": "hot"}, "must be a number"),

@@ -448,7 +448,7 @@ def waits_in(where: str, begun: threading.Event, release: threading.Event):
 
     async def stuck(*args, **kwargs):
         begun.set()
-        await asyncio.Event().wait()
+        await asyncio.sleep(5)  # for good, but for a goodbye that comes after the time-out that was to end it
 
     def stuck_thread(*args, **kwargs):
         begun.set()
@@ -687,6 +687,8 @@ def test_an_open_run_at_interpreter_exit(tmp_path, how):
             await anext(run)
 
         class Looper:
+            looplet_rewrites = False
+
             async def pre_prompt(self, *args):
                 await asyncio.sleep(0)
     """

@@ -135,8 +135,8 @@ def paused_at_look(first: list[Any]) -> Run:
 
 def test_a_run_that_goes_on_keeps_its_count():
     llm = ScriptedBackend([ADD, ADD, DONE])
-    hook = PerToolLimitHook({"add": 3})
-    later = composable_loop(llm, None, make_tools(), resume=paused_at_look([ADD, ADD]), verdict="approve", hooks=[hook])
+    hooks = [PermissionHook(PermissionEngine()), PerToolLimitHook({"add": 3})]
+    later = composable_loop(llm, None, make_tools(), resume=paused_at_look([ADD, ADD]), verdict="approve", hooks=hooks)
     assert [step.tool_result.error is None for step in later] == [True, True, False, True]
 
 
@@ -296,7 +296,8 @@ def test_the_decision_to_stop_is_in_the_trace():
 def test_a_run_that_goes_on_is_known_to_have_stagnated():
     llm, paused = ScriptedBackend([ADD, DONE]), paused_at_look([ADD, ADD])
     hook = StagnationHook(stop_after=0, ignore_tools=["look"])
-    run = composable_loop(llm, None, make_tools(), resume=paused, verdict="approve", hooks=[hook])
+    hooks = [PermissionHook(PermissionEngine()), hook]
+    run = composable_loop(llm, None, make_tools(), resume=paused, verdict="approve", hooks=hooks)
     assert ([step.tool_call.tool for step in run], run.stop_reason) == (["look", "add"], "stagnation")
 
 

@@ -835,13 +835,20 @@ def test_the_genai_instrumentations_are_told_in_their_own_way(monkeypatch, tmp_p
 # --- money ----------------------------------------------------------------------------------------------------------
 
 
+class At:
+    """A backend at an address."""
+
+    def __init__(self, base_url):
+        self.base_url = base_url
+
+
 def test_only_a_provider_with_a_price_list_has_a_cost():
     usage = Usage(1_000_000, 0)
     openai_url = OpenAIBackend(api_key="sk", model="gpt-4o").base_url
-    assert priced(usage, "gpt-4o", openai_url).cost_usd == pytest.approx(2.5)
-    assert priced(usage, "gpt-4o", "http://127.0.0.1:8000/v1").cost_usd is None
-    assert priced(usage, "no-such-model", openai_url).cost_usd is None
-    assert priced(usage, "gpt-4o", "").cost_usd is None
+    assert priced(usage, "gpt-4o", At(openai_url)).cost_usd == pytest.approx(2.5)
+    assert priced(usage, "gpt-4o", At("http://127.0.0.1:8000/v1")).cost_usd is None
+    assert priced(usage, "no-such-model", At(openai_url)).cost_usd is None
+    assert priced(usage, "gpt-4o", At("")).cost_usd is None
 
 
 def test_the_cost_of_a_call_is_on_its_span(tmp_path):

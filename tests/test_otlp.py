@@ -253,7 +253,7 @@ class Size(enum.IntEnum):
 CYCLE: list[object] = ["a"]
 CYCLE += [CYCLE, CYCLE]
 DEEP: object = "bottom"
-for _ in range(5000):
+for _ in range(200_000):  # deeper than `repr` of any Python goes
     DEEP = [DEEP]
 
 

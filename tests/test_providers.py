@@ -102,6 +102,8 @@ def talkative_tools(mishap=lambda: None):
 class Talkative:
     """A hook that says something in every method."""
 
+    looplet_rewrites = False
+
     def __init__(self):
         self.gates = 0
 

@@ -223,7 +223,7 @@ def test_of_two_runs_made_from_one_pause_the_second_ends_before_its_first_step(i
 def test_a_run_that_was_never_started_uses_nothing_up(tmp_path):
     run, ran = pause(tmp_path)
     for what in (run, tmp_path):
-        composable_loop(ScriptedBackend([]), tools=ran.tools(), resume=what, verdict="approve").close()
+        composable_loop(ScriptedBackend([]), tools=ran.tools(), hooks=[Gate()], resume=what, verdict="approve").close()
     assert resume(tmp_path, ran).stop_reason == "done"
 
 
@@ -280,8 +280,13 @@ def die() -> None:
     "Kill the process."
     os.kill(os.getpid(), 9)
 
+class Gate:
+    def check_permission(self, tool_call, state):
+        return True
+
 llm = ScriptedBackend([("die" if "die" in sys.argv else "done", {"answer": "x"} if "die" not in sys.argv else {})])
-run = composable_loop(llm, tools=tools_from([delete, die], include_done=True), resume=sys.argv[1], verdict="approve")
+tools = tools_from([delete, die], include_done=True)
+run = composable_loop(llm, tools=tools, hooks=[Gate()], resume=sys.argv[1], verdict="approve")
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -350,7 +355,8 @@ def test_a_segment_that_was_killed_on_a_machine_whose_clock_is_behind_is_not_beg
 
 def test_who_claims_a_pause_and_dies_at_once_has_used_it_up(tmp_path):
     run, ran = pause(tmp_path)
-    composable_loop(ScriptedBackend([]), tools=ran.tools(), resume=tmp_path, verdict=True)._scope.claim()
+    other = composable_loop(ScriptedBackend([]), tools=ran.tools(), hooks=[Gate()], resume=tmp_path, verdict=True)
+    other._scope.approvals.claim()
     for what in (tmp_path, run):
         with pytest.raises(ConfigError, match="gone on from this pause already"):
             resume(what, ran)
@@ -608,14 +614,21 @@ class Rewrite:
 
 
 @BOTH
-@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no gate"])
-def test_a_word_of_approval_holds_for_the_arguments_that_were_shown(is_async, has_gate, tmp_path):
+@pytest.mark.parametrize("asks", [True, False], ids=["gate", "gate that asks no more"])
+def test_a_word_of_approval_holds_for_the_arguments_that_were_shown(is_async, asks, tmp_path):
     _, ran = pause(tmp_path)
-    hooks = [Rewrite(), *([Gate()] if has_gate else [])]
+    hooks = [Rewrite(), Gate() if asks else Open()]
     run = go([DONE], ran.tools(), hooks, resume=tmp_path, verdict="approve", is_async=is_async)
     assert (ran, run.stop_reason) == ([], "waiting_for_approval")
     assert run.pending[0].args == {"path": "everything"}
     require_same(tmp_path, run)
+
+
+class Open(Gate):
+    """Lets everything run."""
+
+    def check_permission(self, tool_call, state):
+        return None
 
 
 class EarlyGate:
@@ -937,7 +950,7 @@ def test_a_pre_loop_hook_may_stop_a_segment_before_the_approved_call(tmp_path):
 def test_a_tool_that_is_gone_is_said_at_the_call_and_uses_nothing_up(tmp_path):
     _, ran = pause(tmp_path)
     with pytest.raises(ConfigError, match="the run waits for 'delete', which is not among the tools: done"):
-        go([DONE], tools_from([], include_done=True), resume=tmp_path, verdict="approve")
+        go([DONE], tools_from([], include_done=True), [Gate()], resume=tmp_path, verdict="approve")
     assert resume(tmp_path, ran).stop_reason == "done"
 
 
@@ -971,11 +984,11 @@ def test_a_run_of_the_text_protocol_goes_on_with_a_model_that_calls_tools(server
     llm = MockLLMBackend([said("look"), said("delete", path="a")])
     go(llm, ran.tools(), [Gate(), ProvenanceSink(tmp_path)], task={"goal": "x"})
     with server([[DONE]]) as served, backend(base_url=served.base_url, api_key="key", model="m") as native:
-        run = go(native, ran.tools(), resume=tmp_path, verdict="approve")
+        run = go(native, ran.tools(), [Gate()], resume=tmp_path, verdict="approve")
     assert (run.stop_reason, ran) == ("done", ["look", "a"])
     require_same(tmp_path, run)
     run, ran = pause(tmp_path, [LOOK, DELETE_A])
-    run = go(MockLLMBackend([said("done", answer="x")]), ran.tools(), resume=tmp_path, verdict="approve")
+    run = go(MockLLMBackend([said("done", answer="x")]), ran.tools(), [Gate()], resume=tmp_path, verdict="approve")
     assert run.stop_reason == "done"
     require_same(tmp_path, run)
 
@@ -1118,7 +1131,7 @@ def test_what_was_redacted_is_not_redacted_again(source, tmp_path):
     config = LoopConfig(redact=double)
     run, ran = pause(tmp_path, config=config)
     llm = ScriptedBackend([DONE])
-    again = go(llm, ran.tools(), resume=source_of(source, run, tmp_path), verdict="approve", config=config)
+    again = go(llm, ran.tools(), [Gate()], resume=source_of(source, run, tmp_path), verdict="approve", config=config)
     assert llm.requests[0][0].text == "goal: tidy tidy up"
     require_same(tmp_path, again)
 
@@ -1192,7 +1205,8 @@ def test_the_settings_of_the_run_go_on_unless_others_are_given(source, tmp_path)
     assert (again.stop_reason, again.state.max_steps) == ("budget_exhausted", 7)
     assert {node.name for node in Trace.load(tmp_path).runs[0].segments} == {"invoke_agent tidier"}
     again = go([DELETE_A], ran.tools(stop), [Gate(), ProvenanceSink(tmp_path / "b")], task={}, config=config)
-    again = go([LOOK], ran.tools(stop), [Gate()], resume=again, verdict="approve", max_steps=2, config=LoopConfig())
+    other = LoopConfig(budget=Budget(model_calls=9))
+    again = go([LOOK], ran.tools(stop), [Gate()], resume=again, verdict="approve", max_steps=2, config=other)
     assert (again.stop_reason, len(again.state.steps)) == ("budget_exhausted", 2)
 
 
@@ -1269,7 +1283,7 @@ def test_metadata_usage_and_a_briefing_are_there_when_the_held_call_runs(source,
     run, ran = pause(tmp_path, [("deploy", {})], hooks=[Looks()], tools=[deploy])
     looks, llm = Looks(), ScriptedBackend([DONE])
     what = source_of(source, run, tmp_path)
-    run = go(llm, ran.tools(deploy), [looks], resume=what, verdict="approve")
+    run = go(llm, ran.tools(deploy), [Gate(), looks], resume=what, verdict="approve")
     assert looks.seen == [(1, 10), (2, 20)]
     assert [message.text for message in llm.requests[0]].count("look twice") == 1
     require_same(tmp_path, run)

@@ -17,8 +17,10 @@ from looplet import (
     DefaultState,
     LoopConfig,
     Message,
+    ProvenanceSink,
     SessionLog,
     ToolSpec,
+    Trace,
     Usage,
     async_composable_loop,
     composable_loop,
@@ -406,3 +408,13 @@ def test_an_agent_is_a_tool():
     assert outcome.steps[1].tool_result.error == "ask_ann found no answer: it stopped with 'llm_error' after 2 steps"
     inner = outcome.trace.runs[1] if outcome.trace.runs[0].root is outcome.trace.roots[0] else outcome.trace.runs[0]
     assert inner.task == {"task": "one and two"}
+    assert inner.root.attributes[semconv.AGENT_NAME] == "ask_ann"
+
+
+def test_an_agent_as_a_tool_keeps_a_name_of_its_own(tmp_path):
+    config = LoopConfig(agent_name="ann")
+    spec = agent_tool(ScriptedBackend([FOUND]), name="ask_ann", description="Ask Ann.", config=config)
+    llm = ScriptedBackend([("ask_ann", {"task": "x"}), DONE])
+    list(composable_loop(llm, {}, tools_from([spec], include_done=True), hooks=[ProvenanceSink(tmp_path)]))
+    names = {run.root.attributes[semconv.AGENT_NAME] for run in Trace.load(tmp_path).runs}
+    assert names == {"looplet", "ann"}

@@ -299,7 +299,7 @@ def test_an_image_is_served_to_mcp_clients_as_one():
         return {"plot": Image(PNG)}
 
     server = ToolServer(tools_from([draw]), "mine")
-    answer = asyncio.run(server._call(SimpleNamespace(meta=None), CallToolRequestParams(name="draw")))
+    answer = asyncio.run(server._call(SimpleNamespace(meta=None, session=None), CallToolRequestParams(name="draw")))
     text, image = answer.content
     assert (text.text, answer.structured_content) == (
         '{"plot":"[image/png 10 kB #1]"}',

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import add, both
+from support import add, both, signals_to_main
 
 from looplet import (
     CancelToken,
@@ -214,23 +212,20 @@ def test_a_cancelled_task_tells_the_tools_that_run():
 
 def test_ctrl_c_tells_the_tools_that_run():
     told, begun = Told(), threading.Semaphore(0)
-    main = threading.main_thread().ident
-    assert main is not None
 
     @tool(concurrent_safe=True)
     def work(ctx, last: bool = False) -> None:
         """Work until told to stop."""
         if last:
             begun.acquire()
-            time.sleep(0.02)  # a lock whose wait has just begun does not hear of a signal until the next one
-            signal.pthread_kill(main, signal.SIGINT)
+            send()
         else:
             begun.release()
         ctx.cancel_token.wait(PATIENCE_S)
         told.hear(ctx)
 
     run = run_of(False, making([("work", {}), ("work", {"last": True})], tools=[work]))
-    with pytest.raises(KeyboardInterrupt):
+    with signals_to_main() as send, pytest.raises(KeyboardInterrupt):
         list(run)
     assert len(told.wait(2)) == 2
     assert run.stop_reason == "cancelled"

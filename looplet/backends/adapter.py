@@ -13,11 +13,13 @@ whose last item is the whole `Reply`.  A method gets only the keyword arguments 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
+from looplet.backends.wire import MOST_TOKENS
 from looplet.boundary import Boundary
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, LoopletError, did_you_mean
@@ -28,7 +30,7 @@ from looplet.plan import INLINE, SERIAL
 from looplet.prices import priced
 from looplet.prompt import render
 from looplet.tools import BaseToolRegistry
-from looplet.types import Reply, ToolCall
+from looplet.types import Reply, ToolCall, Usage
 
 PROTOCOLS: Final = ("chat", "generate_with_tools", "generate")
 _CLIENTS: Final = {"openai": "OpenAIBackend", "anthropic": "AnthropicBackend"}
@@ -58,7 +60,6 @@ class Model:
         self.protocol = _protocol_of(llm, native=config.use_native_tools)
         self.name = str(getattr(llm, "model", "") or "")
         self.provider = str(getattr(llm, "provider", "") or type(list(layers(llm))[-1]).__name__)
-        self.base_url = str(getattr(llm, "base_url", "") or "")
         self.server_address = getattr(llm, "server_address", None)
         self.server_port = getattr(llm, "server_port", None)
         self.streams = self.protocol == "chat" and callable(getattr(llm, "stream", None))
@@ -115,22 +116,24 @@ class Model:
         reply = _reply_of(raw, self.protocol)
         usage = reply.usage
         if usage is not None:
-            usage = priced(usage, reply.model or self.name, self.base_url)
+            _check_usage(usage, self.protocol)
+            usage = priced(usage, reply.model or self.name, self.llm)
         clean = boundary.text
-        calls = tuple(_clean_call(call, boundary) for call in reply.tool_calls)
+        calls = tuple([_clean_call(call, boundary) for call in reply.tool_calls])
         text = clean(reply.text) if calls else clean_text(reply.text, boundary, known)
         return Reply(
             text, calls, usage, clean(reply.model), clean(reply.response_id), clean(reply.finish_reason),
             clean(reply.reasoning), boundary.clean(reply.metadata),
-            tuple(clean_part(part, boundary.clean) for part in reply.parts),
+            tuple([clean_part(part, boundary.clean) for part in reply.parts]),
         )  # fmt: skip
 
     def _split_system(self, messages: Sequence[Message]) -> tuple[dict[str, str], Any]:
         """Return the system prompt as an argument, if the method takes it, and the messages without it."""
         if not self._takes_system:
             return {}, messages
-        if messages[0].role == "system":
-            return {"system_prompt": messages[0].text}, messages[1:]
+        first = messages[0]
+        if first.role == "system":
+            return {"system_prompt": first.text}, messages[1:]
         return {"system_prompt": ""}, messages
 
     def _settings_for(self, config: LoopConfig) -> dict[str, Any]:
@@ -235,6 +238,26 @@ def _reply_of(raw: Any, protocol: str) -> Reply:
         return _of_blocks(raw)
     expected = {"chat": "a looplet.Reply", "generate_with_tools": "a list of content blocks", "generate": "a str"}
     raise LoopletError(f"the backend's {protocol}() returned {type(raw).__name__}; it must return {expected[protocol]}")
+
+
+def _check_usage(usage: Any, protocol: str) -> None:
+    """Raise LoopletError for a usage that cannot be counted; one that the provider made up is None."""
+    if (must := _wrong_in(usage)) is not None:
+        said = f"the backend's {protocol}() returned a Reply with usage={usage!r:.200}"
+        raise LoopletError(f"{said}; {must}, and usage None where nobody knows")
+
+
+def _wrong_in(usage: Any) -> str | None:
+    if not isinstance(usage, Usage):
+        return "it must be a looplet.Usage"
+    counts = (usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens,
+              usage.cache_write_tokens)  # fmt: skip
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
+        return "each count must be a whole number from 0"
+    cost = usage.cost_usd
+    if cost is not None and not (isinstance(cost, (int, float)) and 0 <= cost < math.inf):
+        return "cost_usd must be a number from 0"
+    return None
 
 
 def _of_blocks(blocks: Sequence[Mapping[str, Any]]) -> Reply:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
+from looplet.arguments import strict_names
 from looplet.backends.client_backend import ClientBackend
 from looplet.backends.clients import AsyncClientBackend, SyncClientBackend
 from looplet.backends.messages_api import REPAIRS, CachePolicy, hour_tokens, reply_of, request_of, thinking_of
@@ -18,7 +19,7 @@ from looplet.backends.streams import Assembly, MessageAssembly
 from looplet.backends.wire import Wire
 from looplet.errors import ConfigError
 from looplet.messages import Message
-from looplet.prices import priced
+from looplet.prices import ListPrice, Price, priced
 from looplet.types import Reply
 
 IN_BODY: Final = ("temperature", "top_p", "top_k", "thinking")
@@ -35,6 +36,7 @@ class _AnthropicBackend(ClientBackend):
     _repairs = REPAIRS
     _providers: ClassVar[Mapping[str, str]] = {"amazonaws.com": "aws.bedrock", "googleapis.com": "gcp.vertex_ai"}
 
+    @strict_names()
     def __init__(
         self,
         client: Any = None,
@@ -47,6 +49,7 @@ class _AnthropicBackend(ClientBackend):
         timeout_s: float | None = None,
         max_retries: int = 2,
         thinking: int | str | Mapping[str, Any] | None = None,
+        price: Price | ListPrice | None = None,
     ) -> None:
         if cache is not None and not isinstance(cache, CachePolicy):
             raise ConfigError(f"cache takes a CachePolicy, not {cache!r}")
@@ -60,6 +63,7 @@ class _AnthropicBackend(ClientBackend):
             timeout_s=timeout_s,
             max_retries=max_retries,
             default_max_tokens=default_max_tokens,
+            price=price,
         )
 
     def _request(self, messages: Sequence[Message], **asked: Any) -> Wire:
@@ -74,7 +78,7 @@ class _AnthropicBackend(ClientBackend):
         hour = hour_tokens(answer)
         if reply.usage is None or not hour:
             return reply
-        usage = priced(reply.usage, reply.model or self.model, self.base_url, cache_write_1h_tokens=hour)
+        usage = priced(reply.usage, reply.model or self.model, self, cache_write_1h_tokens=hour)
         return replace(reply, usage=usage)
 
     def _assembly(self) -> Assembly:
@@ -91,6 +95,7 @@ class AnthropicBackend(_AnthropicBackend, SyncClientBackend):
 
     `cache`: what the provider is to keep of a request, None for nothing.  `thinking`: a budget in tokens, `"adaptive"`,
     or the API's own object; a budget is on top of a `max_tokens` that is no larger, and no temperature is sent with it.
+    `price`: what a call costs, where `genai-prices` has no list for `base_url`: `Price(...)` or `ListPrice(...)`.
     Raises ConfigError for settings that cannot work.
     """
 

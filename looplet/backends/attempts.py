@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
-from looplet.backends.candidates import Candidate, RateLimit, Reservation, Retry, kind_of, name_of
+from looplet.backends.candidates import LONGEST_WAIT_S, Candidate, RateLimit, Reservation, Retry, kind_of, name_of
 from looplet.errors import BackendError
 from looplet.plan import Call, CallTimeout, Effect, Effects
 
@@ -44,7 +44,9 @@ def attempts(
     began, attempt, retry = clock(), 0, candidate.retry
     while True:
         attempt += 1
-        places = yield from _places(candidate, tokens, wait, notify, partial(_left_s, retry, began, clock))
+        places: list[Reservation] = []
+        if candidate.limits:
+            places = yield from _places(candidate, tokens, wait, notify, partial(_left_s, retry, began, clock))
         try:
             value = yield from _in_time(candidate, ask(), began, clock)
         except Exception as error:
@@ -116,11 +118,14 @@ def _settle(places: Sequence[Reservation], usage: Any, *, failed: bool) -> None:
 
 
 def _in_time(candidate: Candidate, plan: Effects[T], began: float, clock: Clock) -> Effects[T]:
-    """Run one attempt, each of its calls in the time that the rules give it."""
+    """Return one attempt with each of its calls in the time that the rules give it."""
     retry = candidate.retry
     if retry is None or (retry.timeout_s is None and retry.deadline_s is None):
-        return (yield from plan)
+        return plan
+    return _timed(candidate.llm, retry, plan, began, clock)
 
+
+def _timed(llm: Any, retry: Retry, plan: Effects[T], began: float, clock: Clock) -> Effects[T]:
     def allowed_s() -> float:
         left = _left_s(retry, began, clock)
         return min(seconds for seconds in (retry.timeout_s, left) if seconds is not None)
@@ -129,7 +134,7 @@ def _in_time(candidate: Candidate, plan: Effects[T], began: float, clock: Clock)
         return (yield from _limited(plan, allowed_s))
     except CallTimeout as error:
         spent = "deadline_s" if _left_s(retry, began, clock) == 0 else "timeout_s"
-        words = f"no answer from {name_of(candidate.llm)} in {getattr(retry, spent):g} s; raise {spent}= to wait longer"
+        words = f"no answer from {name_of(llm)} in {getattr(retry, spent):g} s; raise {spent}= to wait longer"
         raise BackendError(words, kind="timeout", retryable=True) from error
 
 
@@ -158,5 +163,7 @@ def _say_why(error: Exception, retry: Retry | None, attempt: int, elapsed_s: flo
     left = max(0.0, retry.deadline_s - elapsed_s) if retry is not None and retry.deadline_s is not None else None
     if left is not None and asked_s is not None and asked_s > left:
         error.add_note(f"the provider asked to wait {asked_s:g} s, and deadline_s leaves {left:.1f} s")
+    elif retry is not None and asked_s is not None and asked_s > LONGEST_WAIT_S:
+        error.add_note(f"the provider asked to wait {asked_s:g} s, which is more than an hour")
     if attempt > 1:
         error.add_note(f"gave up after {attempt} attempts in {elapsed_s:.1f} s")

@@ -19,6 +19,8 @@ from looplet.hooks import SINK
 from looplet.types import Usage
 
 AGENT: Final = "agent"
+LONGEST_WAIT_S: Final = 3600.0
+"""a provider that asks for a longer wait is not waited for"""
 METHODS: Final = ("chat", "generate_with_tools", "generate")
 """what can be asked of a backend, besides `stream`"""
 

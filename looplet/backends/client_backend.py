@@ -20,6 +20,7 @@ from looplet.backends.streams import Assembly
 from looplet.backends.wire import Wire
 from looplet.errors import BackendError, ConfigError, MissingExtra
 from looplet.messages import Message
+from looplet.prices import ListPrice, Price, checked
 from looplet.types import Reply
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class ClientBackend:
         timeout_s: float | None,
         max_retries: int,
         default_max_tokens: int | None,
+        price: Price | ListPrice | None,
     ) -> None:
+        self.price = checked(price)
         self._owns_client = client is None
         if client is None:
             self._new_client = self._client_maker(base_url, api_key, timeout_s, max_retries)

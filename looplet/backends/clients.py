@@ -6,7 +6,7 @@ The package is imported when the first backend is made.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from looplet.backends.client_backend import ClientBackend
 from looplet.backends.instrumented import told_once
@@ -14,6 +14,9 @@ from looplet.backends.streams import Assembly
 from looplet.backends.wire import Wire
 from looplet.messages import Message
 from looplet.types import Delta, Reply
+
+_END: Final = object()
+"""what comes after the last event; `null` may be one"""
 
 
 class SyncClientBackend(ClientBackend):
@@ -55,12 +58,14 @@ class SyncClientBackend(ClientBackend):
         )
         events, assembly = self._answer(request), self._assembly()
         try:
-            items = iter(events)
-            while (event := self._next(items, assembly)) is not None:
-                yield from assembly.add(event)
+            yield from self._deltas(iter(events), assembly)
         finally:
             events.close()
         yield self._whole(events, assembly)
+
+    def _deltas(self, items: Iterator[Any], assembly: Assembly) -> Iterator[Delta]:
+        while (event := self._next(items, assembly)) is not _END:
+            yield from assembly.add(event)
 
     def generate(self, prompt: str, **settings: Any) -> str:
         """Return the answer to a text; `settings` are those of `chat`."""
@@ -78,7 +83,7 @@ class SyncClientBackend(ClientBackend):
     def _next(self, items: Iterator[Any], assembly: Assembly) -> Any:
         try:
             with told_once():  # never beyond one event: what the caller does in between is his own
-                return next(items, None)
+                return next(items, _END)
         except Exception as error:
             raise self._cut(assembly, error) from error
 
@@ -134,7 +139,7 @@ class AsyncClientBackend(ClientBackend):
         events, assembly = await self._answer(request), self._assembly()
         try:
             items = aiter(events)
-            while (event := await self._next(items, assembly)) is not None:
+            while (event := await self._next(items, assembly)) is not _END:
                 for delta in assembly.add(event):
                     yield delta
         finally:
@@ -157,7 +162,7 @@ class AsyncClientBackend(ClientBackend):
     async def _next(self, items: AsyncIterator[Any], assembly: Assembly) -> Any:
         try:
             with told_once():  # never beyond one event: what the caller does in between is his own
-                return await anext(items, None)
+                return await anext(items, _END)
         except Exception as error:
             raise self._cut(assembly, error) from error
 

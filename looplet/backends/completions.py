@@ -15,6 +15,7 @@ from looplet.backends.wire import (
     bad_response,
     call_of,
     count_of,
+    counts_of,
     field_of,
     finish_reason,
     is_image,
@@ -176,12 +177,11 @@ def _call_of(call: Any) -> ToolCall:
 
 
 def _usage_of(usage: Any) -> Usage | None:
-    sent, received = field_of(usage, "prompt_tokens"), field_of(usage, "completion_tokens")
-    if sent is None and received is None:
+    counts = counts_of(usage, "prompt_tokens", "completion_tokens")
+    if counts is None:
         return None
     return Usage(
-        count_of(sent),
-        count_of(received),
+        *counts,
         count_of(field_of(field_of(usage, "prompt_tokens_details"), "cached_tokens")),
         count_of(field_of(field_of(usage, "completion_tokens_details"), "reasoning_tokens")),
     )

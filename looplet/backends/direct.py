@@ -15,6 +15,7 @@ from typing import Any, Final
 from opentelemetry.context import get_current
 
 from looplet.backends.attempts import RETRY, attempts
+from looplet.backends.bill import Bill
 from looplet.backends.candidates import (
     AGENT,
     METHODS,
@@ -30,9 +31,8 @@ from looplet.errors import BackendError, words_of
 from looplet.executors import AsyncExecutor, SyncExecutor, refuse_async
 from looplet.messages import Message
 from looplet.plan import INLINE, SERIAL, Call, Effects, Wait, finish
-from looplet.prices import priced
 from looplet.tokens import BYTES_PER_TOKEN, size_of_all
-from looplet.types import Delta, Reply, Usage
+from looplet.types import Delta, Reply
 
 STREAM: Final = "stream"
 _END: Final = object()
@@ -150,18 +150,23 @@ def _asked(
     before: list[str] = []
     for candidate in able:
         ruled = replace(candidate, retry=candidate.retry and _UntilBegun(candidate.retry, is_begun))
-        ask, bill = partial(attempt, question, candidate.llm), _Bill(candidate, llm.asks_as)
+        ask = partial(attempt, question, candidate.llm)
+        bill = Bill(candidate, llm.asks_as, str(getattr(candidate.llm, "model", "") or ""))
         try:
-            value = yield from attempts(ruled, ask, _wait, bill.hear, tokens=question.tokens(candidate))
+            value = yield from attempts(ruled, ask, _wait, partial(_hear, bill), tokens=question.tokens(candidate))
         except Exception as error:
-            bill.fail(error)
+            spent = bill.total(bill.priced(getattr(error, "usage", None)))
+            if spent is not None:
+                bill.meter(spent)
             if candidate is able[-1] or is_begun() or not gives_way(error):
                 for words in before:
                     error.add_note(words)
                 raise
             before.append(f"asked before: {name_of(candidate.llm)}: {kind_of(error)}: {words_of(error)}")
         else:
-            bill.settle(value if isinstance(value, Reply) else Reply())
+            reply = value if isinstance(value, Reply) else Reply()
+            if candidate.meters:
+                bill.meter(bill.total(bill.priced(reply.usage, reply.model)))
             return question.answer(value)
     raise AttributeError(f"no backend here has the method {question.name}")
 
@@ -192,49 +197,13 @@ def _called(question: _Question, llm: Any) -> Effects[Any]:
     return (yield Call(lambda: refuse_async(call()), get_current(), question.lane))
 
 
+def _hear(bill: Bill, what: str, facts: Mapping[str, Any]) -> None:
+    if what == RETRY:
+        bill.add_failed(facts["usage"])
+
+
 def _wait(seconds: float) -> Effects[None]:
     yield Wait(seconds)
-
-
-# --- counting -------------------------------------------------------------------------------------------------------
-
-
-class _Bill:
-    """What a call used, failed attempts that were charged for included, for the candidate's meters."""
-
-    def __init__(self, candidate: Candidate, purpose: str) -> None:
-        self._candidate = candidate
-        self._purpose = purpose
-        self._failed: Usage | None = None
-
-    def hear(self, what: str, facts: Mapping[str, Any]) -> None:
-        """Take note of an attempt that is made again."""
-        if what == RETRY:
-            self._failed = _sum(self._failed, self._priced(facts["usage"]))
-
-    def settle(self, reply: Reply) -> None:
-        """Count an answer."""
-        self._count(_sum(self._failed, self._priced(reply.usage, reply.model)))
-
-    def fail(self, error: Exception) -> None:
-        """Count a failure, if it was charged for."""
-        spent = _sum(self._failed, self._priced(getattr(error, "usage", None)))
-        if spent is not None:
-            self._count(spent)
-
-    def _count(self, usage: Usage | None) -> None:
-        for meter in self._candidate.meters:
-            meter.count(self._purpose, str(getattr(self._candidate.llm, "model", "") or ""), usage)
-
-    def _priced(self, usage: Usage | None, model: str = "") -> Usage | None:
-        if usage is None or not self._candidate.meters:
-            return None
-        llm = self._candidate.llm
-        return priced(usage, model or str(getattr(llm, "model", "")), str(getattr(llm, "base_url", "") or ""))
-
-
-def _sum(one: Usage | None, other: Usage | None) -> Usage | None:
-    return other if one is None else one if other is None else one + other
 
 
 # --- streams --------------------------------------------------------------------------------------------------------

@@ -53,8 +53,23 @@ _STREAMED: Final = {
 }
 """types and codes of errors that come in a stream, where no status says what they are"""
 _TOO_LONG: Final = re.compile(
-    r"context[ _-]?(length|window|size|limit)|prompt is too long|request_too_large", re.IGNORECASE
+    r"""context[ _-]?(?:length|window|size|limit)  # OpenAI, Azure, Mistral, vLLM, SGLang, Ollama, llama.cpp, OpenRouter
+    | (?:prompt|input|request|body)[ ](?:is[ ])?too[ ](?:long|large)  # Anthropic, Bedrock, Fireworks, Groq, GitHub
+    | request_too_large | tokens_limit_reached | max_prompt_tokens_exceeded
+    | too[ ]many[ ]tokens  # Cohere
+    | token[ ]count\b.{0,40}\bexceeds  # Gemini, Copilot
+    | input[ ]tokens[ ]exceed | input[ ]length[ ]should[ ]be  # Amazon, DashScope
+    | exceeded[ ]model[ ]token[ ]limit | prompt[ ]exceeds[ ]max[ ]length  # Moonshot, Zhipu
+    | maximum[ ](?:prompt|model)[ ]length  # xAI, vLLM
+    | inputs`?[ ](?:tokens[ ]\+|must[ ]have[ ]less[ ]than) | max_seq_len  # TGI, Together, SiliconFlow
+    | 'messages\b[^']*':[ ](?:string|array)[ ]too[ ]long  # OpenAI: one message, or how many
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
+_TOO_LONG_STATUS: Final = frozenset({400, 413, 422, 500})
+"""500: llama.cpp, when there is no room left while it reads"""
+_NEVER_FITS: Final = "request too large for"
+"""with 429: a request that is longer than what a minute allows is refused in the next minute, too"""
 _UNSUPPORTED: Final = re.compile(
     r"Unsupported (?:parameter|value): '(?P<openai>[\w.]+)'|`?(?P<anthropic>\w+)`? is deprecated for this model"
 )
@@ -69,14 +84,17 @@ def to_backend_error(error: Exception, *, package: str, model: str, base_url: st
     if isinstance(error, sdk.APITimeoutError):
         words = f"no answer from {base_url} in time; raise timeout_s="
         return BackendError(words, kind="timeout", retryable=True)
+    if _is_broken_json(error):
+        words = f"{base_url} answered with broken JSON ({error}); try again"
+        return BackendError(words, kind="bad_response", retryable=True)
+    if _is_damaged(error):
+        words = f"{base_url} sent an answer that cannot be unpacked ({_cause(error)}); try again"
+        return BackendError(words, kind="bad_response", retryable=True)
     if isinstance(error, sdk.APIConnectionError):
         words = f"cannot reach {base_url}: {_cause(error)}; check base_url= ({env}_BASE_URL) and the network"
         return BackendError(words, kind="network", retryable=True)
     if isinstance(error, sdk.APIStatusError):
         return _of_status(error, env, model, base_url)
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-        words = f"{base_url} answered with broken JSON ({error}); try again"
-        return BackendError(words, kind="bad_response", retryable=True)
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         words = "a parameter that only your server knows goes into generate_kwargs={'extra_body': {...}}"
         return ConfigError(f"{error}; {words}")
@@ -89,7 +107,7 @@ def to_backend_error(error: Exception, *, package: str, model: str, base_url: st
 def to_stream_error(error: Exception, *, package: str, model: str, base_url: str) -> BackendError:
     """Return what an error in the middle of an answer means: the provider's own kind of it, else `stream_cut`."""
     sdk, host = import_module(package), urlsplit(base_url).netloc
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+    if _is_broken_json(error):
         words = f"{host} sent broken JSON in its stream ({error}); try again"
         return BackendError(words, kind="bad_response", retryable=True)
     if not isinstance(error, sdk.APIError) or isinstance(error, sdk.APIConnectionError):
@@ -136,7 +154,7 @@ def _of_status(error: Any, env: str, model: str, base_url: str) -> BackendError:
     status, words = error.status_code, _words(error).rstrip(".")
     said = f"{urlsplit(base_url).netloc} answered {status}: {words}"
     refused, code = refused_parameter(error), getattr(error, "code", None)
-    if refused is None and status in (400, 413, 422) and _TOO_LONG.search(f"{code} {_type(error)} {words}"):
+    if refused is None and _is_too_long(status, f"{code} {_type(error)} {words}"):
         return ContextOverflow(f"{said}; send less, or compact the conversation", status=status)
     kind = _kind(status, code, words)
     wait = retry_after_s(error.response.headers, time.time())
@@ -153,6 +171,12 @@ def _of_status(error: Any, env: str, model: str, base_url: str) -> BackendError:
         retryable=kind in _RETRYABLE,
         retry_after_s=wait,
     )
+
+
+def _is_too_long(status: int, words: str) -> bool:
+    if status == 429:
+        return _NEVER_FITS in words.lower()
+    return status in _TOO_LONG_STATUS and _TOO_LONG.search(words) is not None
 
 
 def _stream_kind(error: Any, words: str) -> str:
@@ -195,6 +219,22 @@ def _body(error: Any) -> Any:
     body = getattr(error, "body", None)
     inner = body.get("error") if isinstance(body, Mapping) else None
     return inner if isinstance(inner, Mapping) else body
+
+
+def _is_broken_json(error: Exception) -> bool:
+    """Tell whether the answer is no JSON, or is nested so deep that nobody can read it."""
+    if isinstance(error, RecursionError):
+        return "decoding" in str(error)
+    return isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+
+
+def _is_damaged(error: BaseException | None) -> bool:
+    """Tell whether the answer came, but compressed in a way that nobody can undo."""
+    while error is not None:
+        if type(error).__name__ == "DecodingError":  # of httpx, in whichever version the package uses
+            return True
+        error = error.__cause__
+    return False
 
 
 def _cause(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from looplet.backends.wire import (
     bad_response,
     call_of,
     count_of,
+    counts_of,
     field_of,
     finish_reason,
     is_image,
@@ -330,14 +331,15 @@ def _parts_of(block: Any) -> Iterator[Part]:
 
 def _usage_of(usage: Any) -> Usage | None:
     """Return the usage; the API counts what it read from its cache, and wrote to it, beside the input, we within."""
-    fresh, received = field_of(usage, "input_tokens"), field_of(usage, "output_tokens")
-    if fresh is None and received is None:
+    counts = counts_of(usage, "input_tokens", "output_tokens")
+    if counts is None:
         return None
+    fresh, received = counts
     read = count_of(field_of(usage, "cache_read_input_tokens"))
     written = count_of(field_of(usage, "cache_creation_input_tokens"))
     return Usage(
-        count_of(fresh) + read + written,
-        count_of(received),
+        fresh + read + written,
+        received,
         read,
         count_of(field_of(field_of(usage, "output_tokens_details"), "thinking_tokens")),
         cache_write_tokens=written,

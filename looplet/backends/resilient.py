@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from looplet.backends.candidates import Candidate, candidates, require_alike
+from looplet.arguments import require, strict_names, whole
+from looplet.backends.candidates import LONGEST_WAIT_S, Candidate, candidates, require_alike
 from looplet.backends.direct import Wrapper
 from looplet.errors import BackendError, ConfigError
 
@@ -39,8 +40,7 @@ class Backoff:
     """from 0 to 1"""
 
     def __post_init__(self) -> None:
-        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
-            raise ConfigError(f"retries must be a whole number from 0, not {self.retries!r}")
+        require("retries", self.retries, whole(0))
         for name in ("timeout_s", "deadline_s"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
@@ -51,12 +51,13 @@ class Backoff:
                 raise ConfigError(f"{name} must be a number from 0{' to 1' if most == 1 else ''}, not {value!r}")
 
     def delay_s(self, attempt: int, error: Exception, elapsed_s: float) -> float | None:
-        """Return the seconds to wait: no less than the provider asked for; None to give up."""
-        if attempt > self.retries or not may_go_away(error):
+        """Return the seconds to wait: no less than the provider asked for; None to give up, if that is over an hour."""
+        asked = getattr(error, "retry_after_s", None) or 0.0
+        if asked > LONGEST_WAIT_S or attempt > self.retries or not may_go_away(error):
             return None
         spread = 1 + self.jitter * (2 * self.random() - 1)
         delay = min(self.max_delay_s, math.ldexp(self.base_delay_s, min(attempt - 1, _DOUBLINGS)) * spread)
-        delay = max(delay, getattr(error, "retry_after_s", None) or 0.0)
+        delay = max(delay, asked)
         too_late = self.deadline_s is not None and elapsed_s + delay >= self.deadline_s
         return None if too_late else delay
 
@@ -67,8 +68,8 @@ class ResilientBackend(Wrapper):
     retries: attempts beyond the first, for errors that may go away (`BackendError.retryable`, and the ConnectionError
     and TimeoutError of backends of your own).  The provider packages' own retries are off: these are all there are.
     timeout_s: seconds for one attempt; of a stream: until its next piece.  Waits begin at `base_delay_s`, double up to
-    `max_delay_s`, and vary by `jitter`; a provider's Retry-After counts when it is longer.  deadline_s: seconds for all
-    attempts and waits of one backend; a wait beyond it is not begun.
+    `max_delay_s`, and vary by `jitter`; a provider's Retry-After counts when it is longer, and one of more than an hour
+    gives up.  deadline_s: seconds for all attempts and waits of one backend; a wait beyond it is not begun.
 
     fallbacks: backends that are asked, in order, when the one before gave up with any BackendError but ContextOverflow.
     The rules here apply to them as well.  A backend that is resilient itself, here or as `inner`, keeps its own rules.
@@ -77,6 +78,7 @@ class ResilientBackend(Wrapper):
     Raises ConfigError for settings that cannot work, and for sync and async backends together.
     """
 
+    @strict_names()
     def __init__(
         self,
         inner: Any,

@@ -19,6 +19,8 @@ from looplet.types import ToolCall, Usage, cut
 
 Wire = dict[str, Any]
 
+MOST_TOKENS: Final = 10**12
+"""of a call that could be true"""
 NOT_RUN: Final = '{"error":"not run"}'
 """stands for the result of a call that has none: the APIs want one for each"""
 
@@ -118,6 +120,24 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def counts_of(usage: Any, sent: str, received: str) -> tuple[int, int] | None:
+    """Return the two numbers that make a usage; one may be left out.
+
+    None when both are, and when one is no number of tokens: what somebody made up is not counted as 0.
+    """
+    given = [value for name in (sent, received) if (value := field_of(usage, name)) is not None]
+    if not given or not all(map(is_count, given)):
+        return None
+    return count_of(field_of(usage, sent)), count_of(field_of(usage, received))
+
+
 def count_of(value: Any) -> int:
     """Return a number of tokens, 0 for anything else."""
-    return value if isinstance(value, int) and value > 0 else 0
+    return int(value) if is_count(value) else 0
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a value is a number of tokens; some servers send `12.0`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value <= MOST_TOKENS and value == int(value)

@@ -27,12 +27,11 @@ def of_request(request: LoggedRequest) -> Attributes:
 
 
 def of_reply(reply: Reply) -> Attributes:
-    """Return what the model answered, and what it cost."""
+    """Return what the model answered; for what it cost see `of_usage`."""
     message = {**Message.of_reply(reply).to_dict(), "finish_reason": reply.finish_reason or "stop"}
     attributes: Attributes = {
         semconv.OUTPUT_MESSAGES: encode([message]).decode(),
         semconv.RESPONSE_FINISH_REASONS: [reply.finish_reason or "stop"],
-        **of_usage(reply.usage),
     }
     if reply.model:
         attributes[semconv.RESPONSE_MODEL] = reply.model
@@ -114,9 +113,13 @@ def of_result(result: ToolResult) -> Attributes:
     attributes: Attributes = {}
     if result.error is None:
         attributes[semconv.TOOL_CALL_RESULT] = encode(result.data).decode()
-    rest = result.to_dict()
-    for name in ("data", "tool", "args_summary", "duration_ms", "call_id"):
-        del rest[name]
+    rest = {
+        "error": result.error,
+        "error_detail": result.error_detail and result.error_detail.to_dict(),
+        "result_key": result.result_key,
+        "warnings": list(result.warnings),
+        "metadata": result.metadata,
+    }
     said = {name: value for name, value in rest.items() if value not in (None, [], {})}
     if result.error is not None and result.data is not None:
         said["data"] = result.data

@@ -21,7 +21,7 @@ def manifest(run: RunScope) -> dict[str, Any]:
         semconv.REPLAYABLE: bool(run.trace.recorder.sinks),
         semconv.TOOL_DEFINITIONS: _definitions(run),
         semconv.HOOKS: run.hooks.names,
-        semconv.DONE_TOOLS: sorted(run.config.ending_tools),
+        semconv.DONE_TOOLS: sorted(run.ending_tools),
         semconv.CONFIG: encode(run.trace.recorder.clean(_settings(run))).decode(),
     }
     if run.segment > 1:

@@ -151,13 +151,13 @@ def _span(span: Any) -> _Span:
     trace_id, span_id, parent_id = plain if plain is not None else _ids_of(span)
     made = _Span(
         _trace_id(trace_id),
-        _span_id(span_id),
+        f"{span_id:016x}",
         _LOCAL,
         _text(span.name),
         1 if span.kind is _INTERNAL else span.kind.value + 1,
         str(span.start_time or 0),
         str(span.end_time or 0),
-        _span_id(parent_id) if parent_id else "",
+        f"{parent_id:016x}" if parent_id else "",
     )
     if span.attributes:
         made.attributes = _attributes(span.attributes)
@@ -192,10 +192,6 @@ def _trace_id(trace_id: int) -> str:
     return trace_id.to_bytes(16, "big").hex()
 
 
-def _span_id(span_id: int) -> str:
-    return span_id.to_bytes(8, "big").hex()
-
-
 def _event(event: Any) -> _Event:
     attributes = _attributes(event.attributes or {})
     return _Event(str(event.timestamp or 0), _text(event.name), attributes, getattr(event, "dropped_attributes", 0))
@@ -206,7 +202,7 @@ def _link(link: Any) -> _Link:
     flags = _REMOTE if context.is_remote else _LOCAL
     attributes = _attributes(link.attributes or {})
     dropped = getattr(link, "dropped_attributes", 0)
-    return _Link(_trace_id(context.trace_id), _span_id(context.span_id), flags, attributes, dropped)
+    return _Link(_trace_id(context.trace_id), f"{context.span_id:016x}", flags, attributes, dropped)
 
 
 def _attributes(attributes: Mapping[str, Any]) -> list[_Attribute]:

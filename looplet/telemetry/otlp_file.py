@@ -62,8 +62,7 @@ class OtlpFile:
         data = self._glue + data
         written: list[int] = []  # bytes; `extend` notes them before a Ctrl-C during the system call can raise
         try:
-            while sum(written) < len(data):
-                written.extend(map(os.write, (fd,), (memoryview(data)[sum(written) :] if written else data,)))
+            _write_all(fd, data, written)
             if self._fsync and self._is_file:
                 os.fsync(fd)
         except BaseException:
@@ -128,6 +127,12 @@ class OtlpFile:
         except OSError:
             pass
         self._glue = _MARKER
+
+
+def _write_all(fd: int, data: bytes, written: list[int]) -> None:
+    """Write; a function by itself, so that a Ctrl-C at the end of the loop is raised inside the `try` of its caller."""
+    while sum(written) < len(data):
+        written.extend(map(os.write, (fd,), (memoryview(data)[sum(written) :] if written else data,)))
 
 
 def claim(path: str | os.PathLike[str], pause: str) -> bool:

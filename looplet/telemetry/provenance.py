@@ -20,6 +20,7 @@ from itertools import repeat, starmap
 from pathlib import Path
 from typing import Any, Final
 
+from looplet.arguments import strict_names
 from looplet.boundary import Boundary
 from looplet.errors import ConfigError, TraceError
 from looplet.hooks import SINK
@@ -47,6 +48,7 @@ class ProvenanceSink:
     A new run into a folder that holds one starts afresh; the old file becomes `trace-<trace id>.jsonl`.
     """
 
+    @strict_names()
     def __init__(
         self,
         dir: str | os.PathLike[str],  # noqa: A002 - the name that users know
@@ -122,7 +124,7 @@ class ProvenanceSink:
                     self._go_on_in(_file_of(self.dir, recorder.run_id, recorder.file) or recorder.file)
             self._runs.add(recorder.run_id)
             self._direct[recorder.run_id] = None
-            while len(self._direct) > MAX_KNOWN_RUNS:
+            if len(self._direct) > MAX_KNOWN_RUNS:
                 del self._direct[next(iter(self._direct))]
         for cause, detail in problems:
             count_drop(cause, detail)

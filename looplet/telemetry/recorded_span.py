@@ -6,7 +6,7 @@ the SDK's `ReadableSpan` has, so that SDK exporters accept it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -71,7 +71,7 @@ class RecordedSpan(Span):
         self.start_time = start_time
         self.end_time = 0
         self.events: list[Event] = []
-        self.links: list[Any] = []
+        self.links: Sequence[Any] = ()
         self.status = UNSET
         self.resource = recorder.resource
         self.instrumentation_scope = recorder.scope
@@ -122,7 +122,7 @@ class RecordedSpan(Span):
             attributes = redact_late(self._recorder.late, attributes)
         self.attributes.update(attributes)
         if self._inner is not None:
-            self._tell("set_attributes", {k: v for k, v in attributes.items() if self._recorder.shows(k)})
+            self._forward("set_attributes", {k: v for k, v in attributes.items() if self._recorder.shows(k)})
 
     def happened(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Add an event whose attributes have passed the boundary already."""
@@ -133,7 +133,7 @@ class RecordedSpan(Span):
         at = self._recorder.now()
         self.events.append(Event(name, attributes, at))
         if self._inner is not None:
-            self._tell("add_event", name, {k: v for k, v in attributes.items() if self._recorder.shows(k)}, at)
+            self._forward("add_event", name, {k: v for k, v in attributes.items() if self._recorder.shows(k)}, at)
 
     def failed(self, error_type: str, message: str = "") -> None:
         """Set the error status; `error_type` is low-cardinality, `message` is content."""
@@ -145,9 +145,9 @@ class RecordedSpan(Span):
         self.status = Status(StatusCode.ERROR, message or None)
         if self._inner is not None:
             shown = message if self._recorder.shows(semconv.EXCEPTION_MESSAGE) else ""
-            self._tell("set_status", Status(StatusCode.ERROR, shown or None))
+            self._forward("set_status", Status(StatusCode.ERROR, shown or None))
 
-    def _tell(self, method: str, *args: Any) -> None:
+    def _forward(self, method: str, *args: Any) -> None:
         try:
             getattr(self._inner, method)(*args)
         except Exception as error:  # noqa: BLE001 - the user's span and processors
@@ -182,9 +182,9 @@ class RecordedSpan(Span):
         if self.end_time:
             return
         attributes = self._recorder.clean(attributes or {})
-        self.links.append(trace.Link(context, attributes))
+        self.links = [*self.links, trace.Link(context, attributes)]
         if self._inner is not None:
-            self._tell("add_link", context, attributes)
+            self._forward("add_link", context, attributes)
 
     def update_name(self, name: str) -> None:
         """Do nothing: the names of looplet's spans are fixed."""
@@ -208,13 +208,16 @@ class RecordedSpan(Span):
 
     def end(self, end_time: int | None = None) -> None:
         """End the span; the first time counts."""
-        ended = max(end_time or self._recorder.now(), self.start_time)
-        if self._recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
+        recorder = self._recorder
+        ended = max(end_time or recorder.now(), self.start_time)
+        if recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
             return
         self.end_time = ended
-        self._recorder.ended(self)  # at once: a Ctrl-C in between would lose the span
-        if self._inner is not None:
-            self._tell("end", ended)
+        try:
+            recorder.ended(self)  # at once: a Ctrl-C in between would lose the span
+        finally:
+            if self._inner is not None:
+                self._forward("end", ended)
 
     def __enter__(self) -> Self:
         return self

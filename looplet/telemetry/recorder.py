@@ -21,7 +21,6 @@ from opentelemetry.context import Context, set_value
 from opentelemetry.trace import Span, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
 from looplet.boundary import Boundary
-from looplet.budgets import Guard
 from looplet.ledger import Ledger
 from looplet.telemetry import semconv
 from looplet.telemetry.drops import count_drop, drops
@@ -98,14 +97,8 @@ class Recorder:
         self.sinks = tuple(sinks)
         self.tracer = tracer
         self.ledger = ledger or Ledger()
-        self.guard: Guard | None = None
-        """what the run may spend; runs that its tools start spend it, too"""
-        self.depth = 1
-        """1, or more for a run that a tool of another run started"""
         self.file: Path | None = None
         """where the segments before this one are, of a run that goes on after a pause"""
-        self.max_depth = 0
-        """how deep such runs may be nested"""
         self.resource = resource
         self.scope = scope
         self.open: dict[int, RecordedSpan] = {}
@@ -122,11 +115,12 @@ class Recorder:
         self.captures = capture_content
         self.base = set_value(RUN_KEY, self, context)
         """the context of the call, with the run in it"""
-        self._clock = time_ns() - perf_counter_ns()
+        self.clock = time_ns() - perf_counter_ns()
+        """nanoseconds between `perf_counter_ns` and the epoch"""
 
     def now(self) -> int:
         """Return nanoseconds since the epoch; never goes backwards within a run."""
-        return self._clock + perf_counter_ns()
+        return self.clock + perf_counter_ns()
 
     def start(
         self,
@@ -140,16 +134,17 @@ class Recorder:
         if attributes and self.late is not None:
             attributes = redact_late(self.late, attributes)
         merged = {**self.common, **attributes} if attributes else self.common.copy()
-        started = self._clock + perf_counter_ns()
-        told = self.tracer is not None and not self.closed
-        inner = self._start_inner(name, parent, kind, merged, links, started) if told else None
+        started = self.clock + perf_counter_ns()
+        inner = None
+        if self.tracer is not None and not self.closed:
+            inner = self._start_inner(name, parent, kind, merged, links, started)
         span = RecordedSpan(name, kind, merged, started, inner, self)
         if parent is None or inner is not None:
             self._place(span, parent, inner)
         else:
             span.span_id, span.parent_id = _random.getrandbits(64) or 1, parent.span_id
         if links:
-            span.links = list(links)
+            span.links = links
         if not self.closed:
             self.open[span.span_id] = span
         return span

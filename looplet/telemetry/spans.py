@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -74,6 +75,8 @@ class RunTrace:
         """whether spans are made; attributes need not be computed otherwise"""
         self.observed = bool(observers)
         """whether there are observers"""
+        self.durable = recorder.durable
+        """writes everything that has ended so far"""
         self._observers = list(observers)
         self._late: list[tuple[Any, Any, Callable[[Any], Any] | None]] = []
         """observers that answered with something to await, what they answered, and who checks what comes of it"""
@@ -99,10 +102,6 @@ class RunTrace:
         """Say that what follows belongs to no turn."""
         self.recorder.common.pop(semconv.TURN_NUMBER, None)
 
-    def durable(self) -> None:
-        """Write everything that has ended so far."""
-        self.recorder.durable()
-
     def sweep(self, reason: str) -> None:
         """End the spans that are still open, innermost first."""
         for span in reversed(list(self.recorder.open.values())):
@@ -113,9 +112,9 @@ class RunTrace:
     def observe(self, end: PhaseEnd) -> None:
         """Tell the observers; one that raises is logged once and the run goes on."""
         for observer in self._observers:
-            self.tell(observer, partial(observer, end))
+            self.notify(observer, partial(observer, end))
 
-    def tell(
+    def notify(
         self, watcher: Callable[..., Any], thunk: Callable[[], Any], check: Callable[[Any], Any] | None = None
     ) -> None:
         """Call `thunk` for somebody who only watches, in any thread; an awaitable is awaited at the turn's end.
@@ -153,18 +152,18 @@ class RunTrace:
 class Phase:
     """One phase of a run: a `with` block, the effects asked for inside it, what is recorded about it."""
 
-    __slots__ = ("_ended_ns", "_error_type", "_facts", "_span", "_started_ns", "_told", "_trace", "name", "parent")
+    __slots__ = ("_ended_ns", "_error_type", "_facts", "_failed_by", "_span", "_started_ns", "_trace", "name", "parent")
 
     def __init__(self, trace: RunTrace, name: str, span: RecordedSpan | None, parent: RecordedSpan | None) -> None:
         self.name = name
         self.parent = parent
         self._trace = trace
         self._span = span
-        self._started_ns = span.start_time if span is not None else trace.recorder.now()
+        self._started_ns = span.start_time if span is not None else trace.recorder.clock + perf_counter_ns()
         self._ended_ns: int | None = None
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] | None = None
         self._error_type: str | None = None
-        self._told = 0
+        self._failed_by = 0
         """the id of the exception by which the phase was marked as failed"""
 
     def phase(
@@ -213,7 +212,7 @@ class Phase:
     def note(self, **facts: Any) -> None:
         """Remember typed values for the observers (fields of `PhaseEnd`)."""
         if self._trace.observed:
-            self._facts.update(facts)
+            self._facts = {**(self._facts or {}), **facts}
 
     def fail(self, error_type: str, message: str = "") -> None:
         """Mark the phase as failed; `error_type` goes to the span and to the observers."""
@@ -223,7 +222,7 @@ class Phase:
 
     def fail_with(self, error: BaseException, error_type: str | None = None) -> None:
         """Mark the phase as failed by an exception."""
-        self._told = id(error)
+        self._failed_by = id(error)
         clean = self._trace.recorder.boundary.text
         message = "" if self._trace.withhold_results else clean(words_of(error))
         self.fail(error_type or error_name(error), message)
@@ -245,6 +244,8 @@ class Phase:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is not None:
             self._left_by(error)
+        if self._span is None and not self._trace.observed:
+            return
         ended = self._ended_ns or self._trace.recorder.now()
         if self._span is not None:
             self._span.end(ended)
@@ -258,7 +259,7 @@ class Phase:
             if self._span is not None:
                 _mark_left(self._span, reason)
         elif isinstance(error, Exception):
-            if id(error) != self._told:
+            if id(error) != self._failed_by:
                 self.fail_with(error)
         else:
             self.fail("cancelled", error_name(error))
@@ -275,7 +276,7 @@ class Phase:
             turn_number=trace.recorder.common.get(semconv.TURN_NUMBER, 0),
             duration_s=(ended - self._started_ns) / 1e9,
             error_type=self._error_type,
-            **self._facts,
+            **(self._facts or {}),
         )
 
 

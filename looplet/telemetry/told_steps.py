@@ -1,6 +1,6 @@
 """Steps as a trace tells them: each call with its result, and what the model calls since the step before used.
 
-A step is told by its `execute_tool` span, or by an event `looplet.step`, which counts where both tell it.  Steps are
+A step is told by its `execute_tool` span, or by an event `looplet.step`; the last one to tell it counts.  Steps are
 made one after the other, in `looplet.post_dispatch` as a rule; what model calls used goes to the next step that is
 made after they ended, the text of the last request with it.
 """
@@ -75,7 +75,11 @@ class ToldSteps:
 
     def steps(self) -> list[Step]:
         """Return the steps by number, as the caller of the loop got them.  Raises TraceError."""
-        told = {step.number: step for step in (*self._of_spans(), *self._of_events())}
+        told: dict[int, ToldStep] = {}
+        for step in (*self._of_spans(), *self._of_events()):
+            if step.number in told:  # a result may be told later than the call
+                step.made = min(step.made, told[step.number].made)
+            told[step.number] = step
         ordered = [told[number] for number in sorted(told)]
         latest = (_LATEST, _LATEST)
         for step in reversed(ordered):  # a step is made before those that come after it
