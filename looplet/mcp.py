@@ -16,20 +16,25 @@ import re
 import shlex
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
-from looplet.errors import ConfigError, ToolError
+from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.parts import Image
-from looplet.tools import BaseToolRegistry, ToolSpec
+from looplet.telemetry import semconv
+from looplet.tools import BaseToolRegistry, ToolContext, ToolSpec
 from looplet.types import ToolResult
 
 if TYPE_CHECKING:
+    from looplet.cancel import CancelToken
     from looplet.mcp_session import Link
 
 EXTRA: Final = 'MCP needs an extra package: pip install "looplet[mcp]"'
+READ_RESOURCE: Final = "read_resource"
 NAME_LIMIT: Final = 64
 """characters of a tool's name that all providers take"""
 
@@ -43,6 +48,7 @@ class MCPToolAdapter:
     timeout: seconds that the server has to answer anything; a call that takes longer is cancelled there.
     headers: for HTTP, such as `{"Authorization": "Bearer ..."}`.
     prefix: put before the names of the tools, so that those of two servers do not clash.
+    resources: add a tool `read_resource`, by which the model reads what tools refer to by URI.
 
     The server is started or reached at the first use, and once more at the next use after it was lost.  A call that
     may have had its effect is never made again.  Usable with `with` and `async with`; both close the session.
@@ -61,6 +67,7 @@ class MCPToolAdapter:
         timeout: float = 30.0,
         headers: Mapping[str, str] | None = None,
         prefix: str = "",
+        resources: bool = False,
     ) -> None:
         words = _words_of(command, url, env, headers)
         if not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
@@ -75,6 +82,7 @@ class MCPToolAdapter:
 
         target = Target(words, url or "", dict(env or {}), dict(headers or {}))
         self._prefix = prefix
+        self._resources = resources
         self._link: Link = Link(target, float(timeout))
         weakref.finalize(self, self._link.drop).atexit = False  # at exit, open links are closed in order
 
@@ -103,6 +111,8 @@ class MCPToolAdapter:
         A character that providers refuse in names becomes `_`.  Tools that say they only read may run concurrently.
         """
         specs = {tool.name: self._spec(tool) for tool in self._link.tools()}
+        if self._resources:
+            specs |= {f"{READ_RESOURCE} (resources=True)": self._reader()}
         often = Counter(spec.name for spec in specs.values())
         for name, spec in specs.items():
             if often[spec.name] > 1:
@@ -154,23 +164,89 @@ class MCPToolAdapter:
     def _spec(self, tool: Any) -> ToolSpec:
         hints = tool.annotations
         try:
-            return ToolSpec(
+            return ServerToolSpec(
                 self._prefix + re.sub(r"[^a-zA-Z0-9_-]", "_", tool.name)[: NAME_LIMIT - len(self._prefix)],
                 tool.description or tool.title or "",
                 {"type": "object", **tool.input_schema},
-                self._caller(tool.name),
+                ServerTool(self, self._link, tool.name),
                 concurrent_safe=bool(hints and hints.read_only_hint),
                 tags=("mcp",),
             )
         except ConfigError as error:
             raise ConfigError(f"{self._link.label}: the tool {tool.name!r} cannot be used: {error}") from error
 
-    def _caller(self, name: str) -> Callable[..., Any]:
-        async def call(**arguments: Any) -> Any:
-            return outcome_of(await self._link.call(name, arguments))
+    def _reader(self) -> ToolSpec:
+        async def read_resource(uri: str) -> Any:
+            return outcome_of_reading(await self._link.read(uri))
 
-        call.__qualname__ = f"MCPToolAdapter({self._link.label}).{name}"
-        return call
+        read_resource.__qualname__ = f"MCPToolAdapter({self._link.label}).{READ_RESOURCE}"
+        return ToolSpec(
+            self._prefix + READ_RESOURCE,
+            f"Read a resource of {self._link.label} by its URI, such as one that a result of its tools names.",
+            {"uri": "the URI of the resource"},
+            read_resource,
+            concurrent_safe=True,
+            tags=("mcp",),
+        )
+
+
+class ServerTool:
+    """One tool of a server, as a function; it keeps the adapter, and so the session, alive."""
+
+    def __init__(self, adapter: MCPToolAdapter, link: Link, name: str) -> None:
+        self._adapter = adapter
+        self._link = link
+        self._name = name
+        self.__qualname__ = f"MCPToolAdapter({link.label}).{name}"
+
+    async def __call__(self, /, **arguments: Any) -> Any:
+        """Call the tool; raises ToolError."""
+        return await self.call(arguments)
+
+    async def call(self, arguments: dict[str, Any], ctx: ToolContext | None = None) -> Any:
+        """Call the tool; `ctx` hears, from another thread, how far the server says it is, and may have it cancelled."""
+        if ctx is None:
+            return outcome_of(await self._link.call(self._name, arguments))
+        tell = None if ctx.on_progress is None else ctx.report_progress
+        return outcome_of(await heeding(ctx.cancel_token, self._link.call(self._name, arguments, tell)))
+
+
+class ServerToolSpec(ToolSpec):
+    """A tool of a server.  The call's context goes beside the arguments: one of those may be called `ctx`, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "accepts_ctx", True)
+
+    def bind(self, kwargs: dict[str, Any], ctx: ToolContext) -> Callable[[], Awaitable[Any]]:
+        """Return the call, ready to run."""
+        function: ServerTool = self.execute  # type: ignore[assignment]
+        return partial(function.call, kwargs, ctx)
+
+
+async def heeding(token: CancelToken, asking: Coroutine[Any, Any, Any]) -> Any:
+    """Await `asking`, but cancel it when the token is cancelled; raises ToolError (kind `cancelled`) then."""
+    import asyncio
+
+    from looplet.mcp_session import tool_span
+
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(asking)
+
+    def give_up() -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            loop.call_soon_threadsafe(task.cancel)
+
+    forget = token.on_cancel(give_up)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        here = asyncio.current_task()
+        if not token.is_cancelled or (here is not None and here.cancelling()):
+            raise
+        tool_span().set_attribute(semconv.TOOL_ABANDONED, True)
+        raise ToolError(f"cancelled: {token.reason}; the server was told", kind=ErrorKind.CANCELLED) from None
+    finally:
+        forget()
 
 
 def outcome_of(result: Any) -> Any:
@@ -193,6 +269,15 @@ def outcome_of(result: Any) -> Any:
     return data
 
 
+def outcome_of_reading(result: Any) -> Any:
+    """Return what a resource holds: its text, an image, a description of what is neither; a list for several parts."""
+    held = []
+    for part in result.contents:
+        image = None if not hasattr(part, "blob") else _image_of(part.blob, part.mime_type)
+        held.append(image or (part.text if hasattr(part, "text") else _described("resource", part)))
+    return held[0] if len(held) == 1 else held
+
+
 def _structured_context(result: Any) -> dict[str, Any]:
     return {} if result.structured_content is None else {"structured_content": result.structured_content}
 
@@ -201,36 +286,40 @@ def _data_of(content: Any) -> Any:
     match content.type:
         case "text":
             return content.text
-        case "image" if (image := _image_of(content)) is not None:
+        case "image" if (image := _image_of(content.data, content.mime_type)) is not None:
             return image
         case "resource_link":
             return content.model_dump(mode="json", by_alias=True, exclude_none=True)
         case "resource" if hasattr(content.resource, "text"):
             return {"type": "resource", "uri": str(content.resource.uri), "text": content.resource.text}
-    described = {"type": content.type, "mimeType": _mime_type_of(content), "bytes": _bytes_of(content)}
-    if content.type == "resource":
-        described["uri"] = str(content.resource.uri)
+    return _described(content.type, content.resource if content.type == "resource" else content)
+
+
+def _described(kind: str, content: Any) -> dict[str, Any]:
+    """Return what there is to say about content that is not shown."""
+    mime_type = getattr(content, "mime_type", None) or "application/octet-stream"
+    described = {"type": kind, "mimeType": mime_type, "bytes": _size_of(content)}
+    if kind == "resource":
+        described["uri"] = str(content.uri)
     return {**described, "note": "the content itself is not shown: it is not text"}
 
 
-def _image_of(content: Any) -> Image | None:
+def _image_of(data: str, mime_type: str | None) -> Image | None:
     """Return an image that a model can be shown, None for any other."""
     try:
-        return Image.from_base64(content.data, content.mime_type or "")
+        return Image.from_base64(data, mime_type or "")
     except ToolError:
         return None
 
 
 def _bytes_of(content: Any) -> int | None:
     """Return the size of content that is not text, None for text."""
-    encoded = content.resource if content.type == "resource" else content
+    return _size_of(content.resource if content.type == "resource" else content)
+
+
+def _size_of(encoded: Any) -> int | None:
     base64 = getattr(encoded, "data", None) or getattr(encoded, "blob", None)
     return None if base64 is None else len(base64) * 3 // 4 - base64[-2:].count("=")
-
-
-def _mime_type_of(content: Any) -> str:
-    holder = content.resource if content.type == "resource" else content
-    return getattr(holder, "mime_type", None) or "application/octet-stream"
 
 
 def _words_of(command: str | Sequence[str] | None, url: str | None, env: Any, headers: Any) -> tuple[str, ...]:

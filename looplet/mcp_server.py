@@ -1,15 +1,18 @@
 """Serving looplet tools over the Model Context Protocol, on stdio or streamable HTTP.
 
 Tools run as they do in a loop: sync ones on looplet's own threads, one at a time unless they are `concurrent_safe`;
-arguments are validated in words for the model; a trace context that comes with a call is current while the tool runs.
+arguments are validated in words for the model; a trace context that comes with a call is current while the tool runs;
+progress goes to the client, and a call that the client cancels is told so by `ctx.cancel_token`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 
 from mcp import MCPError, stdio_server
@@ -67,15 +70,23 @@ class ToolServer:
     async def _call(self, request: Any, params: CallToolRequestParams) -> CallToolResult:
         if params.name not in self.tool_names:
             raise MCPError(INVALID_PARAMS, f"unknown tool {params.name!r}; available: {', '.join(self.tool_names)}")
+        report = Progress(request.session, self._boundary)
+        result = await self._outcome(params, ToolContext(on_progress=report), incoming_context(request.meta))
+        await report.settle()
+        return result
+
+    async def _outcome(self, params: CallToolRequestParams, ctx: ToolContext, context: Context) -> CallToolResult:
         spec = self._registry.find(params.name)
-        ctx = ToolContext()
         try:
             arguments = spec.arguments(params.arguments or {})
             ctx.resources = self._registry.needed(spec)
-            value = await self._run(spec, spec.bind(arguments, ctx), incoming_context(request.meta))
+            value = await self._run(spec, spec.bind(arguments, ctx), context)
         except CallTimeout:
-            ctx.cancel_token.cancel("timeout")
+            _tell(ctx, "timeout")
             return _failed(ToolError(f"no answer within {spec.timeout_s:g} s; the call was abandoned"))
+        except asyncio.CancelledError:
+            _tell(ctx, "cancelled")
+            raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tool raises, the model gets to see it
             return _failed(to_tool_error(error))
         return self._answer(value, ctx.warnings)
@@ -98,6 +109,49 @@ class ToolServer:
         texts += [f"warning: {self._boundary.text(str(words))}" for words in warnings]
         content = [*_texts(texts), *map(_shown, images)]
         return CallToolResult(content=content, structured_content=data if isinstance(data, dict) else None)
+
+
+class Progress:
+    """Tells a client what a tool reports, in order, from whichever thread; one that did not ask hears nothing."""
+
+    def __init__(self, session: Any, boundary: Boundary) -> None:
+        self._session = session
+        self._boundary = boundary
+        self._loop = asyncio.get_running_loop()
+        self._last: float | None = None
+        self._waiting: deque[tuple[float, float | None, str]] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def __call__(self, stage: str, data: Any = None) -> None:
+        """Report; with `{"progress": 2, "total": 3}` as `data` these are the numbers, else reports are counted."""
+        told = data if isinstance(data, Mapping) else {}
+        words = self._boundary.text(str(stage))
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            self._loop.call_soon_threadsafe(
+                self._take, words, _number(told.get("progress")), _number(told.get("total"))
+            )
+
+    async def settle(self) -> None:
+        """Wait until all that was reported is sent."""
+        await asyncio.sleep(0)  # what an `async def` tool said last is on its way here
+        self._closed = True
+        if self._sender is not None:
+            await asyncio.wait({self._sender})
+
+    def _take(self, words: str, number: float | None, total: float | None) -> None:
+        if self._closed:
+            return
+        last = self._last  # numbers have to grow, says the protocol
+        self._last = number if number is not None and (last is None or number > last) else (last or 0) + 1
+        self._waiting.append((self._last, total, words))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._waiting:
+            with suppress(Exception):  # the client has hung up: whoever sends the answer finds out
+                await self._session.report_progress(*self._waiting.popleft())
 
 
 def incoming_context(meta: Mapping[str, Any] | None) -> Context:
@@ -141,6 +195,16 @@ def _described(spec: ToolSpec) -> Tool:
 def _ends_runs(spec: ToolSpec) -> bool:
     made_by = getattr(spec.execute, "__qualname__", "")
     return spec.name == "done" or made_by.startswith(f"{make_done_tool.__name__}.")
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def _tell(ctx: ToolContext, reason: str) -> None:
+    with suppress(Exception):  # of a callback of the tool's own
+        ctx.cancel_token.cancel(reason)
 
 
 def _failed(error: ToolError) -> CallToolResult:

@@ -12,13 +12,15 @@ import atexit
 import logging
 import os
 import threading
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import httpx2
 from mcp import Client, MCPError
-from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, Implementation, Tool
+from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, Implementation, ReadResourceResult, Tool
 from opentelemetry import propagate, trace
 
 from looplet._version import __version__
@@ -32,6 +34,8 @@ from looplet.types import cut
 
 CLOSE_S: Final = 10.0
 """seconds that closing waits for a server; the SDK kills one that does not end within about 4"""
+Tell: TypeAlias = Callable[[str, Any], Any]
+"""hears of progress: what is going on, and how far it is"""
 PAGES: Final = 1000
 """pages that a list of tools may have"""
 
@@ -100,17 +104,32 @@ class Connection:
         except Exception as error:
             raise ConfigError(await self._failure(error)) from error
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
-        """Call a tool; raises ToolError in words for the model, NotSentError when the call may be made again."""
+    async def call(self, name: str, arguments: dict[str, Any], tell: Tell | None) -> CallToolResult:
+        """Call a tool; raises as `_ask` does."""
+        assert self._client is not None
+        hear = None if tell is None else partial(relay, tell)
+        result: CallToolResult = await self._ask(
+            "tools/call", partial(self._client.call_tool, name, arguments, progress_callback=hear)
+        )
+        return result
+
+    async def read(self, uri: str) -> ReadResourceResult:
+        """Read a resource; raises as `_ask` does."""
+        assert self._client is not None
+        result: ReadResourceResult = await self._ask("resources/read", partial(self._client.read_resource, uri))
+        return result
+
+    async def _ask(self, method: str, send: Callable[..., Awaitable[Any]]) -> Any:
+        """Ask on behalf of a tool; raises ToolError in words for the model, NotSentError when that may be repeated."""
         assert self._client is not None
         note, span = Sending(), tool_span()
         sending.set(note)  # in the context of this call's task only
-        span.set_attributes(self._attributes(self._client))
+        span.set_attributes({semconv.MCP_METHOD_NAME: method, **self._attributes(self._client)})
         meta: Any = {}
         propagate.inject(meta)  # the SDK does so, too, for now: it means to make that an option
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._client.call_tool(name, arguments, meta=meta)
+                return await send(meta=meta)
         except TimeoutError:
             span.set_attribute(semconv.TOOL_ABANDONED, True)
             words = f"{self.label} gave no answer within {self._timeout_s:g} s; it was told to cancel the call"
@@ -161,7 +180,6 @@ class Connection:
 
     def _attributes(self, client: Client) -> dict[str, Any]:
         told = {
-            semconv.MCP_METHOD_NAME: "tools/call",
             semconv.MCP_PROTOCOL_VERSION: client.protocol_version,
             **self._wire.target.attributes(),
         }
@@ -242,10 +260,19 @@ class Link:
         found: list[Tool] = await self._running().wait(self._tools(False), copy_context())
         return found
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
+    async def call(self, name: str, arguments: dict[str, Any], tell: Tell | None = None) -> CallToolResult:
         """Call a tool; raises ToolError in words for the model."""
-        result: CallToolResult = await self._running().wait(self._call(name, arguments), copy_context())
+        result: CallToolResult = await self._ask(lambda connection: connection.call(name, arguments, tell))
         return result
+
+    async def read(self, uri: str) -> ReadResourceResult:
+        """Read a resource; raises ToolError in words for the model."""
+        result: ReadResourceResult = await self._ask(lambda connection: connection.read(uri))
+        return result
+
+    async def _ask(self, ask: Callable[[Connection], Awaitable[Any]]) -> Any:
+        loop = self._running()
+        return await loop.wait(self._asked(ask), copy_context())
 
     def close(self) -> None:
         """Leave the session, end the server that was started, wait for both; the second time does nothing."""
@@ -292,12 +319,12 @@ class Link:
             await connection.list_tools()
         return connection.tools
 
-    async def _call(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
+    async def _asked(self, ask: Callable[[Connection], Awaitable[Any]]) -> Any:
         try:
             try:
-                return await self._call_once(name, arguments)
+                return await ask(await self._connected())
             except NotSentError:  # the session was lost before this call, which may go through a new one
-                return await self._call_once(name, arguments)
+                return await ask(await self._connected())
         except NotSentError as error:
             raise error.told from error
         except ConfigError as error:
@@ -306,10 +333,6 @@ class Link:
             if self._closed:
                 raise ToolError(f"{self._target}: the adapter was closed during the call") from None
             raise
-
-    async def _call_once(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
-        connection = await self._connected()
-        return await connection.call(name, arguments)
 
     async def _connected(self) -> Connection:
         async with self._connecting:
@@ -343,6 +366,11 @@ def tool_span() -> trace.Span:
     if isinstance(span, RecordedSpan) and span.attributes.get(semconv.OPERATION_NAME) == semconv.EXECUTE_TOOL:
         return span
     return trace.INVALID_SPAN
+
+
+async def relay(tell: Tell, progress: float, total: float | None, message: str | None) -> None:
+    """Hand a progress notification on to `tell`."""
+    tell(message or "progress", {"progress": progress} | ({} if total is None else {"total": total}))
 
 
 def answer_of(error: MCPError) -> ToolError:

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,13 @@ from support import both, python, run_sync
 
 from looplet import (
     BaseToolRegistry,
+    CancelToken,
     ConfigError,
     ErrorKind,
+    LoopConfig,
     MCPToolAdapter,
     ToolCall,
+    ToolContext,
     async_composable_loop,
     tool,
     tools_from,
@@ -182,6 +187,32 @@ def test_two_servers_with_the_same_names_are_refused_naming_both():
             two.register_all(registry)
 
 
+REFERENCES = {
+    "a reference": ({"kind": "circle", "at": {"x": 1}}, "('circle', Point(x=1, y=0), None, 1)", None),
+    "a recursive one": (
+        {"kind": "square", "tree": {"name": "a", "children": [{"name": "b"}]}, "size": "big"},
+        "('square', None, Tree(name='a', children=[Tree(name='b', children=[])]), 'big')",
+        None,
+    ),
+    "no such choice": ({"kind": "circel"}, None, "$.kind: expected one of 'circle', 'square', got 'circel'"),
+    "a mistake behind a reference": ({"kind": "circle", "at": {"x": "q"}}, None, "$.at.x: expected integer, got 'q'"),
+    "one deep down": (
+        {"kind": "circle", "tree": {"name": "a", "children": [{}]}},
+        None,
+        "$.tree.children[0].name: expected string, got nothing",
+    ),
+    "no alternative": ({"kind": "circle", "size": [1]}, None, "$.size: expected integer or string, got array"),
+}
+
+
+@pytest.mark.parametrize("what", REFERENCES)
+def test_schemas_with_references_alternatives_and_choices_are_checked_here_and_fit_there(plain, what):
+    arguments, data, error = REFERENCES[what]
+    result = call(plain, "shape", **arguments)
+    assert result.data == data
+    assert (result.error is None) if error is None else (error in result.error)
+
+
 # --- what comes back --------------------------------------------------------------------------------------------------
 
 ANSWERS = {
@@ -261,6 +292,35 @@ def test_a_json_rpc_error_has_its_code_and_data():
         assert adapter.connected
 
 
+def test_very_long_answers_and_rare_characters_arrive_as_they_are(plain):
+    assert call(plain, "long", size=2_000_000).data == "é" * 2_000_000
+    assert call(plain, "odd").data == "a\u2028b\x00c\x1b[31m\U0001f600\r\n"
+
+
+def test_a_server_that_asks_for_what_is_not_offered_is_refused_and_the_call_goes_on(plain):
+    assert call(plain, "ask").data.startswith("refused: ")
+
+
+def test_resources_that_tools_refer_to_can_be_read(plain):
+    with MCPToolAdapter(PLAIN, resources=True, prefix="my_") as adapter:
+
+        def make(*, is_async):
+            uris = ["mem://notes", "mem://dot", "mem://sound", "mem://nothing"]
+            calls = [("my_link", {}), [("my_read_resource", {"uri": uri}) for uri in uris], DONE]
+            return {"llm": ScriptedBackend(calls), "tools": registry_of(adapter), "task": {"goal": "read"}}
+
+        outcome = both(make)
+    linked, notes, dot, sound, nothing, _ = (step.tool_result for step in outcome.steps)
+    assert [one["uri"] for one in linked.data] == ["mem://notes", "mem://dot"]
+    assert notes.data == "buy milk"
+    assert dot.data["mime_type"] == "image/png"
+    assert (sound.data["type"], sound.data["bytes"], sound.data["uri"]) == ("resource", 5, "mem://sound")
+    assert (nothing.error_kind, "mem://nothing" in nothing.error) == (ErrorKind.VALIDATION, True)
+    (span, *_) = calls_of(outcome, "my_read_resource")
+    assert span.attributes[semconv.MCP_METHOD_NAME] == "resources/read"
+    assert "read_resource" not in [spec.name for spec in plain.tools()]
+
+
 def test_an_answer_that_is_none_of_the_protocol_is_an_error():
     with MCPToolAdapter(rude("malformed-result")) as adapter:
         result = call(adapter, "call")
@@ -325,6 +385,41 @@ def test_reading_tools_run_at_the_same_time(plain):
 
     outcome = both(make)
     assert [step.tool_result.data for step in outcome.steps[:4]] == ["1", "2", "3", "4"]
+
+
+def test_progress_of_a_server_reaches_the_stream_the_hooks_and_the_trace(plain):
+    heard, told = [], []
+
+    class Listener:
+        def on_event(self, payload):
+            if payload.event == "tool_progress":
+                told.append((payload.step_num, payload.extra["stage"]))
+
+    def make(*, is_async):
+        calls = [("count", {"to": 3}), DONE]
+        return {
+            "llm": ScriptedBackend(calls),
+            "tools": registry_of(plain),
+            "task": {"goal": "count"},
+            "hooks": [Listener()],
+            "stream": heard.append,
+        }
+
+    (node,) = calls_of(both(make), "count")
+    expected = [(1, f"number {n}", {"progress": float(n), "total": 3.0}) for n in (1, 2, 3)]
+    assert [(e.step, e.stage, e.data) for e in heard if e.kind == "tool_progress"] == expected * 2
+    assert told == [(step, stage) for step, stage, _ in expected] * 2
+    stages = [e.attributes[semconv.PROGRESS_STAGE] for e in node.events if e.name == semconv.EVENT_PROGRESS]
+    assert stages == [stage for _, stage, _ in expected]
+
+
+def test_somebody_who_fails_to_listen_to_progress_hurts_nobody(plain):
+    def fail(stage, data):
+        raise RuntimeError("not listening")
+
+    result = registry_of(plain).dispatch(ToolCall("count", {"to": 2}), ctx=ToolContext(on_progress=fail))
+    assert (result.data, result.error) == ("counted", None)
+    assert call(plain, "add", a=1).data == "2"
 
 
 def test_the_trace_context_of_the_call_reaches_the_server(plain, tmp_path):
@@ -416,6 +511,38 @@ def test_a_cancelled_task_cancels_the_call_at_the_server(tmp_path):
         assert call(adapter, "call").data == "{}"
 
 
+def test_a_token_that_is_cancelled_cancels_the_call_at_the_server_and_the_session_goes_on(tmp_path):
+    notes = [tmp_path / "sync", tmp_path / "async"]
+    with MCPToolAdapter(rude("slow", notes[0])) as one, MCPToolAdapter(rude("slow", notes[1])) as other:
+
+        def make(*, is_async):
+            note, token = notes[is_async], CancelToken()
+
+            def cancel():
+                wait_until(lambda: "called" in note.read_text())
+                token.cancel("enough")
+
+            threading.Thread(target=cancel).start()
+            return {
+                "llm": ScriptedBackend([("call", {"wait": True}), DONE]),
+                "tools": registry_of(other if is_async else one),
+                "task": {"goal": "wait"},
+                "config": LoopConfig(cancel_token=token),
+            }
+
+        outcome = both(make)
+        assert outcome.stop_reason == "cancelled"
+        (step,) = outcome.steps
+        assert (step.tool_result.error, step.tool_result.error_kind) == (
+            "cancelled: enough; the server was told",
+            ErrorKind.CANCELLED,
+        )
+        assert calls_of(outcome, "call")[0].attributes[semconv.TOOL_ABANDONED] is True
+        for adapter, note in zip((one, other), notes, strict=True):
+            wait_until(lambda note=note: "cancelled" in note.read_text())
+            assert call(adapter, "call").data == "{}"
+
+
 def test_ctrl_c_cancels_the_call_at_the_server(tmp_path):
     notes = tmp_path / "notes"
     program = f"""
@@ -430,8 +557,16 @@ def wait_for(note):
 
 def interrupt():
     wait_for("called")
-    os.kill(os.getpid(), signal.SIGINT)
+    while not heard.is_set():  # a lock whose wait has just begun does not hear of a signal until the next one
+        os.kill(os.getpid(), signal.SIGINT)
+        heard.wait(2)
 
+def handle(*args):
+    heard.set()
+    raise KeyboardInterrupt
+
+heard = threading.Event()
+signal.signal(signal.SIGINT, handle)
 with MCPToolAdapter({rude("slow", notes)!r}) as adapter:
     adapter.register_all(tools := tools_from([], include_done=True))
     backend = ScriptedBackend([("call", {{"wait": True}})])
@@ -642,6 +777,45 @@ def test_a_server_that_refuses_every_session_is_asked_twice_and_no_more():
         assert len(server.calls) == 2
 
 
+@contextmanager
+def over_http(port: int = 0):
+    """Serve the SDK's server over HTTP in a process; give the process and its port."""
+    command = [*PLAIN, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_a_server_of_the_sdk_over_http_is_the_same_as_on_stdio():
+    with over_http() as (_, port), MCPToolAdapter(url=f"http://127.0.0.1:{port}/mcp") as adapter:
+
+        def make(*, is_async):
+            calls = [[("add", {"a": n}) for n in range(4)], ("person", {"name": "Ann"}), ("fail", {"why": "no"}), DONE]
+            return {"llm": ScriptedBackend(calls), "tools": registry_of(adapter), "task": {"goal": "add"}}
+
+        outcome = both(make)
+    assert [step.tool_result.data for step in outcome.steps[:5]] == ["1", "2", "3", "4", {"name": "Ann", "age": 7}]
+    assert "no" in outcome.steps[5].tool_result.error
+    (node,) = calls_of(outcome, "person")
+    assert node.attributes[semconv.NETWORK_TRANSPORT] == "tcp"
+
+
+def test_a_server_over_http_killed_in_mid_call_is_not_called_again_and_reached_anew_by_the_next_call(tmp_path):
+    note = tmp_path / "note"
+    with over_http() as (_, port):
+        adapter = MCPToolAdapter.connect_http(f"http://127.0.0.1:{port}/mcp")
+        registry = registry_of(adapter)
+        result = registry.dispatch(ToolCall("die", {"note": str(note)}))
+    with closing(adapter):
+        assert "was lost during the call, which may have had its effect and was not made again" in result.error
+        assert (result.error_kind, result.error_retriable) == (ErrorKind.NETWORK, False)
+        assert note.read_text() == "x"
+        with over_http(port):
+            assert registry.dispatch(ToolCall("add", {"a": 1})).data == "2"
+
+
 def test_an_address_where_nobody_listens_is_refused():
     with LegacyServer() as server:
         url = server.url
@@ -688,10 +862,11 @@ def test_arguments_that_cannot_work_are_refused_at_once(what):
         MCPToolAdapter(**arguments)
 
 
-def test_a_command_line_is_split_like_a_shell_does_and_no_shell_runs(tmp_path):
+def test_a_command_line_is_split_like_a_shell_does_and_no_shell_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the server takes `exit` for the file that it writes its notes to
     server = tmp_path / "my server.py"
     server.write_text((SERVERS / "rude.py").read_text())
-    with MCPToolAdapter(f'"{sys.executable}" "{server}" ok; exit 1') as adapter:
+    with MCPToolAdapter(f'"{sys.executable}" "{server}" ok "{tmp_path / "notes"}" ; exit 1') as adapter:
         assert call(adapter, "call").data == "{}"
 
 
@@ -706,5 +881,15 @@ def test_the_reference_server_of_the_protocol_works():
     with MCPToolAdapter(["node", os.environ[EVERYTHING]]) as adapter:
         assert call(adapter, "echo", message="hi").data == "Echo: hi"
         assert call(adapter, "get-sum", a=1, b=2).data == "The sum of 1 and 2 is 3."
-        assert call(adapter, "get-tiny-image").data[1]["mimeType"] == "image/png"
+        assert call(adapter, "get-tiny-image").data[1].mime_type == "image/png"
         assert set(call(adapter, "get-structured-content", location="Chicago").data) >= {"temperature", "conditions"}
+        assert "expected one of 'New York', 'Chicago'" in call(adapter, "get-structured-content", location="Rome").error
+        reader = MCPToolAdapter(["node", os.environ[EVERYTHING]], resources=True)
+        with reader:
+            assert "Resource 1" in call(reader, "read_resource", uri="demo://resource/dynamic/text/1").data
+        stages = []
+        ctx = ToolContext(on_progress=lambda stage, data: stages.append(data))
+        registry_of(adapter).dispatch(
+            ToolCall("trigger-long-running-operation", {"duration": 0.1, "steps": 2}), ctx=ctx
+        )
+        assert stages == [{"progress": 1.0, "total": 2.0}, {"progress": 2.0, "total": 2.0}]

@@ -14,7 +14,7 @@ from looplet.cli import main
 from looplet.cli.mcp import load_tools, split_target
 
 SERVED = Path(__file__).parent / "mcp_servers" / "served.py"
-NAMES = ["greet", "later", "refuse", "warn", "current_trace", "thread", "stuck"]
+NAMES = ["greet", "later", "refuse", "warn", "current_trace", "thread", "stuck", "count", "copy", "obey", "meet"]
 
 
 @pytest.mark.parametrize(

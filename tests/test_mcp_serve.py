@@ -21,7 +21,7 @@ from looplet.testing import ScriptedBackend
 pytest.importorskip("mcp_types", reason='serving needs the official SDK, 2.0 or newer: pip install "looplet[mcp]"')
 
 SERVED = Path(__file__).parent / "mcp_servers" / "served.py"
-NAMES = ["greet", "later", "refuse", "warn", "current_trace", "thread", "stuck"]
+NAMES = ["greet", "later", "refuse", "warn", "current_trace", "thread", "stuck", "count", "copy", "obey", "meet"]
 DONE = ("done", {"answer": "ok"})
 
 
@@ -126,6 +126,77 @@ def test_the_official_client_gets_the_same_and_a_protocol_error_for_unknown_tool
     assert greeted.structured_content == {"greeting": "Hello, Ann!"}
     assert greeted.content[0].text == '{"greeting":"Hello, Ann!"}'
     assert (error.code, error.message) == (-32602, f"unknown tool 'done'; available: {', '.join(NAMES)}")
+
+
+def with_official_client(talk, target=f"{SERVED}:everything"):
+    """Return what `talk(client)` comes to, with the SDK's own client."""
+    from mcp import Client, StdioServerParameters, stdio_client
+
+    async def main():
+        program, *arguments = command(target)
+        async with Client(
+            stdio_client(StdioServerParameters(command=program, args=arguments, env=environment()))
+        ) as client:
+            return await talk(client)
+
+    return asyncio.run(main())
+
+
+def test_calls_of_safe_tools_run_at_the_same_time_and_each_client_gets_its_own_answers(tmp_path):
+    async def talk(client):
+        meetings = [client.call_tool("meet", {"note": str(tmp_path / "x"), "others": 12}) for _ in range(12)]
+        greetings = [client.call_tool("greet", {"name": f"n{number}"}) for number in range(12)]
+        met, greeted = await asyncio.gather(*meetings), await asyncio.gather(*greetings)
+        return [a.content[0].text for a in met], [a.structured_content["greeting"] for a in greeted]
+
+    met, greeted = with_official_client(talk)
+    assert met == ["12"] * 12
+    assert greeted == [f"Hello, n{number}!" for number in range(12)]
+
+
+def test_progress_reaches_a_client_that_asks_for_it_in_order_and_before_the_answer():
+    async def talk(client):
+        heard, answers = [], []
+
+        async def hear(progress, total, message):
+            heard.append((progress, total, message))
+
+        for name, arguments in (("count", {"to": 3}), ("copy", {"files": 2})):
+            answers.append((await client.call_tool(name, arguments, progress_callback=hear)).content[0].text)
+            answers.append(list(heard))
+            heard.clear()
+        answers.append((await client.call_tool("count", {"to": 3})).content[0].text)
+        return [*answers, heard]
+
+    assert with_official_client(talk) == [
+        "counted",
+        [(1.0, None, "number 1"), (2.0, None, "number 2"), (3.0, None, "number 3")],
+        "copied",
+        [(0.0, 20.0, "copying"), (10.0, 20.0, "copying")],
+        "counted",
+        [],
+    ]
+
+
+def test_a_call_that_the_client_cancels_is_told_to_the_tool_and_the_session_goes_on(tmp_path):
+    note = tmp_path / "note"
+    note.touch()
+
+    async def written(lines):
+        async with asyncio.timeout(60):
+            while note.read_text().splitlines() != lines:
+                await asyncio.sleep(0.01)
+
+    async def talk(client):
+        call = asyncio.create_task(client.call_tool("obey", {"note": str(note)}))
+        await written(["begun"])
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await written(["begun", "cancelled"])
+        return (await client.call_tool("later", {"words": "still here"})).content[0].text
+
+    assert with_official_client(talk) == "still here"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 from opentelemetry import baggage, trace
@@ -57,12 +58,52 @@ def stuck() -> None:
     threading.Event().wait()
 
 
+@tool
+def count(to: int, ctx: ToolContext) -> str:
+    """Count, and tell how far it is."""
+    for number in range(1, to + 1):
+        ctx.report_progress(f"number {number}")
+    return "counted"
+
+
+@tool
+async def copy(files: int, ctx: ToolContext) -> str:
+    """Tell how far it is in numbers of its own, at last without waiting for anything."""
+    for number in range(files):
+        ctx.report_progress("copying", {"progress": 10 * number, "total": 10 * files})
+    return "copied"
+
+
+@tool(concurrent_safe=True)
+def obey(note: str, ctx: ToolContext) -> str:
+    """Work until told to stop; write to the file `note` when work begins and why it ended."""
+    with Path(note).open("a") as file:
+        file.write("begun\n")
+    ctx.cancel_token.wait(60)
+    with Path(note).open("a") as file:
+        file.write(f"{ctx.cancel_token.reason}\n")
+    return "obeyed"
+
+
+@tool(concurrent_safe=True)
+def meet(note: str, others: int) -> int:
+    """Wait until so many calls have begun; return how many there are."""
+    with Path(note).open("a") as file:
+        file.write("x")
+    end = time.monotonic() + 60
+    while len(Path(note).read_text()) < others and time.monotonic() < end:
+        time.sleep(0.01)
+    return len(Path(note).read_text())
+
+
 def plain(x: int) -> int:
     """Return x."""
     return x
 
 
-everything: BaseToolRegistry = tools_from([greet, later, refuse, warn, current_trace, thread, stuck], include_done=True)
+everything: BaseToolRegistry = tools_from(
+    [greet, later, refuse, warn, current_trace, thread, stuck, count, copy, obey, meet], include_done=True
+)
 register_done_tool(everything, name="finish")
 listed = [greet, plain]
 number = 7
