@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,19 @@ from click.testing import CliRunner
 from support import environment, make_tools, python
 
 from looplet import (
+    ApprovalHook,
     BackendError,
     ConfigError,
     Deny,
     LoopConfig,
+    PermissionEngine,
+    PermissionHook,
     ProvenanceSink,
+    Reply,
+    ToolCall,
     ToolError,
     TraceError,
+    Usage,
     composable_loop,
     tool,
     tools_from,
@@ -174,23 +181,117 @@ def test_show_tells_header_and_steps_by_turn(tmp_path):
     expected = [
         "1 #1 ✓ add(a=1, b=2) 3",
         "#2 ✗ boom() ERROR: RuntimeError: kaput",
+        "at support.py:",
         "2 · hook Gate.pre_dispatch: block+permission — too dear",
         "#3 ✗ add(a=9, b=1) ERROR: Permission denied for tool 'add': too dear -",
         "3 · no tool call in the reply (attempt 1)",
         "4 · hook Gate.check_done: block — cite a source",
         "#4 ✗ done(rejected) ERROR: cite a source -",
         "5 #5 ✓ done(answer='3') 2 keys",
+        "",
+        "answer 3",
     ]
     assert len(shown) == len(expected)
     assert [line[: len(wanted)] for line, wanted in zip(shown, expected, strict=True)] == expected
 
 
 def test_show_is_aligned_and_fits(tmp_path):
-    record(tmp_path, ("add", {"a": 1, "b": 2}), ("boom", {"why": "x" * 300}), ("done", {"answer": "y" * 300}))
+    record(tmp_path, ("add", {"a": 1, "b": 2}), ("look", {"name": "x" * 300}), ("done", {"answer": "y" * 300}))
     lines = lines_of(invoke("show", tmp_path))
     assert max(map(len, lines)) <= 100
-    table = lines[lines.index("") + 1 :]
+    table = lines[lines.index("") + 1 : -2]
     assert len({len(line) for line in table}) == 1, table  # the durations end in one column
+
+
+def test_show_tells_an_error_whole_in_lines_that_fit(tmp_path):
+    said = "cannot reach db.internal:5432\n" + "again " * 100 + "\nask the one who runs it"
+    record(tmp_path, ("boom", {"why": said}), DONE)
+    lines = lines_of(invoke("show", tmp_path))
+    assert max(map(len, lines)) <= 100
+    at = next(number for number, line in enumerate(lines) if "✗ boom(" in line)
+    assert " ERROR " in lines[at]
+    below = [line.strip() for line in lines[at + 1 : at + 12]]
+    assert below[0] == "RuntimeError: cannot reach db.internal:5432"
+    assert "ask the one who runs it" in below
+    assert sum(line.split().count("again") for line in below) == 100
+
+
+def test_show_tells_why_a_hook_refused_whole(tmp_path):
+    class Strict:
+        def check_done(self, state, log, context, step):
+            return "a claim without a source is no claim; " * 6 + "the end" if step < 2 else None
+
+    record(tmp_path, DONE, DONE, hooks=[Strict()])
+    lines = lines_of(invoke("show", tmp_path))
+    assert max(map(len, lines)) <= 100
+    assert sum("the end" in line for line in lines) == 2  # the hook, and the step
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ({"answer": "3"}, "answer  3"),
+        ({"answer": "one\ntwo"}, "answer  one two"),
+        ({"answer": "3", "sure": True}, 'answer  {"answer":"3","sure":true}'),
+        ({"answer": "y" * 300}, "answer  " + "y" * 91 + "…"),
+    ],
+)
+def test_show_tells_the_answer_in_one_line(tmp_path, answer, shown):
+    done = dict.fromkeys(("answer", "sure"), "(optional) what it is")
+    record(tmp_path, ("done", answer), tools=tools_from([], include_done=True, done_parameters=done))
+    assert shown in lines_of(invoke("show", tmp_path))
+
+
+def test_show_tells_no_answer_of_a_run_without_one(tmp_path):
+    record(tmp_path, ADD, ADD, max_steps=2)
+    lines = lines_of(invoke("show", tmp_path))
+    assert any(line.startswith("ended   budget_exhausted") for line in lines)
+    assert not any(line.startswith("answer") for line in lines)
+
+
+def test_show_tells_each_compaction_in_one_line(tmp_path):
+    @tool
+    def read(name: str) -> str:
+        """Read a file."""
+        return f"{name} " * 1000
+
+    class Broken:
+        def compact(self, **about):
+            raise RuntimeError("no room to think")
+
+    script = [*(("read", {"name": f"f{number}"}) for number in range(6)), DONE]
+    tools = tools_from([read], include_done=True)
+    record(tmp_path / "a", *script, tools=tools, context_window=3000)
+    notes = [line.split("· ")[1] for line in lines_of(invoke("show", tmp_path / "a")) if "compaction" in line]
+    assert "compaction (threshold): 7 → 5 messages" in "\n".join(notes)
+    record(tmp_path / "b", *script, tools=tools, context_window=3000, compact_service=Broken())
+    assert "compaction (threshold) failed: RuntimeError — no room" in invoke("show", tmp_path / "b").stdout
+
+
+def test_show_tells_what_is_known_of_the_cost(tmp_path):
+    def reply(tool_name, args, cost):
+        return Reply(tool_calls=(ToolCall(tool_name, args),), usage=Usage(10, 5, cost_usd=cost))
+
+    replies = (reply("add", ADD[1], 0.25), reply("add", ADD[1], None), reply("done", DONE[1], 0.5))
+    record(tmp_path, *replies)
+    assert "cost    0.750000 USD (1 of 3 calls have no price)" in lines_of(invoke("show", tmp_path))
+
+
+def test_show_tells_what_was_asked_of_a_human_and_answered(tmp_path):
+    hooks = [PermissionHook(PermissionEngine().ask("add", reason="it costs money")), ApprovalHook()]
+    record(tmp_path, ADD, hooks=hooks)
+    text = invoke("show", tmp_path).stdout
+    assert "· approval of add asked for: it costs money\n" in text
+    assert "waits for add(a=1, b=2) (#1, call_1): it costs money [approve, deny]" in text
+    list(composable_loop(ScriptedBackend([DONE]), tools=make_tools(), resume=tmp_path, verdict="approve", hooks=hooks))
+    assert "· approval of call_1: approve\n" in invoke("show", tmp_path).stdout
+
+
+def test_help_of_show_teaches_by_example():
+    text = invoke("show", "--help").stdout
+    for words in ("looplet show traces/run_1 ", "--full", "--json", "✗ one that failed or was refused"):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_show_full_adds_spans_and_what_was_sent(tmp_path):
@@ -332,21 +433,35 @@ def test_what_was_said_cannot_control_the_terminal(tmp_path):
     assert json.loads(invoke("show", tmp_path, "--json").stdout)["runs"][0]["task"] == {"goal": evil}
 
 
-def test_a_terminal_gets_colours(tmp_path):
+def on_terminal(columns: int, *arguments) -> str:
+    """Return what a command writes to a terminal."""
     pty = pytest.importorskip("pty")
-    record(tmp_path, ("boom", {}), DONE)
     ours, theirs = pty.openpty()
     try:
-        env = environment(TERM="xterm", COLUMNS="90")
+        env = environment(TERM="xterm", COLUMNS=str(columns))
         env.pop("NO_COLOR", None)
-        command = [sys.executable, "-m", "looplet", "show", str(tmp_path)]
+        command = [sys.executable, "-m", "looplet", *map(str, arguments)]
         assert subprocess.run(command, stdout=theirs, env=env, timeout=60).returncode == 0
-        shown = os.read(ours, 1 << 16).decode()
+        return os.read(ours, 1 << 16).decode()
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_a_terminal_gets_colours_and_a_pipe_does_not(tmp_path):
+    record(tmp_path, ("boom", {}), DONE)
+    shown = on_terminal(90, "show", tmp_path)
     assert "\x1b[31m" in shown  # the failed step is red
     assert "boom()" in shown
+    assert "\x1b" not in python("-m", "looplet", "show", tmp_path).stdout
+
+
+def test_show_fits_a_terminal_of_80_columns(tmp_path):
+    long = {"answer": "the answer is a long story " * 20}
+    record(tmp_path, ("boom", {"why": "kaput " * 40}), ("look", {"name": "x" * 99}), "talk", ("done", long))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", on_terminal(80, "show", tmp_path)).splitlines()
+    assert max(len(line.rstrip("\r")) for line in shown) <= 80
+    assert any("#2 ✓ look(name='xxx" in line and line.rstrip("\r").endswith("s") for line in shown)
 
 
 def foreign_trace(path: Path) -> Path:

@@ -112,7 +112,17 @@ class Commands(click.Group):
             return super().invoke(ctx)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG: Final = """
+\b
+Examples:
+  looplet demo                        an agent at work; no model needed
+  looplet show traces/run_1           what happened in a run
+  looplet eval traces/                score runs with the eval_*.py files here
+  looplet mcp serve my_tools.py       your functions as an MCP server
+"""
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="looplet", message="%(prog)s %(version)s")
 def main() -> None:
     """Run agents, and look at what they did: every run is one trace file."""

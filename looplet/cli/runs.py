@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from looplet.messages import encode
+from looplet.scope import final_output_of
 from looplet.telemetry import semconv
 from looplet.telemetry.otlp_decode import EventRecord
 from looplet.telemetry.reader import SpanNode
@@ -35,10 +37,35 @@ def rows_of(run: RunView) -> list[Row]:
             for event in node.events
             if (words := words_of(event))
         ]
+        if semconv.COMPACT_REASON in node.attributes:
+            rows.append(Row(node.turn_number, node.record.start_ns, note=compaction(node), is_bad=node.is_error))
         if node.is_error and not run.is_ours and node.attributes.get(semconv.OPERATION_NAME) == semconv.CHAT:
             words = f"{node.name} failed: {reason_of(node)}"  # in a run of ours, a step says so
             rows.append(Row(node.turn_number, node.record.end_ns, note=words, is_bad=True))
     return sorted(rows, key=lambda row: row.at_ns)
+
+
+def compaction(node: SpanNode) -> str:
+    """Return a line about what a compaction did."""
+    told = node.attributes
+    why = f"compaction ({told[semconv.COMPACT_REASON]})"
+    if node.is_error:
+        return f"{why} failed: {reason_of(node)}"
+    if not told.get(semconv.COMPACT_COMPACTED):
+        return f"{why}: nothing could go"
+    messages = f"{told.get(semconv.COMPACT_MESSAGES_BEFORE, '?')} → {told.get(semconv.COMPACT_MESSAGES_AFTER, '?')}"
+    tokens = f"{told.get(semconv.COMPACT_TOKENS_BEFORE, '?')} → {told.get(semconv.COMPACT_TOKENS_AFTER, '?')}"
+    return f"{why}: {messages} messages, about {tokens} tokens"
+
+
+def answer_of(run: RunView) -> str:
+    """Return what the run came to, in words: what `done` was given, else, of a foreign run, the last answer."""
+    output = final_output_of(run.steps, run.stop_reason)
+    if not output:
+        last = run.answer(run.chats[-1]) if run.chats and not run.is_ours else []
+        return " ".join(message.text for message in last).strip()
+    answer = output.get("answer")
+    return answer if isinstance(answer, str) and len(output) == 1 else encode(output).decode()
 
 
 def step_times(run: RunView) -> dict[int, tuple[int, int]]:
@@ -72,11 +99,18 @@ def words_of(event: EventRecord) -> str:
             return f"no tool call in the reply (attempt {told.get(semconv.PARSE_ATTEMPT, '?')})"
         case semconv.EVENT_CALL_DROPPED:
             return f"call {told.get(semconv.TOOL_CALL_ID, '')} was not run"
+        case semconv.EVENT_APPROVAL_REQUESTED:
+            asked = told.get(semconv.APPROVAL_QUESTION)
+            return f"approval of {told.get(semconv.TOOL_NAME, 'a call')} asked for" + (f": {asked}" if asked else "")
+        case semconv.EVENT_APPROVAL_ANSWERED:
+            return f"approval of {told.get(semconv.TOOL_CALL_ID, 'a call')}: {told.get(semconv.APPROVAL_VERDICT, '?')}"
         case semconv.EVENT_STEP:
             return ""
-    if not event.name.startswith("looplet."):
-        return ""
-    rest = ", ".join(f"{key.removeprefix('looplet.')}={value}" for key, value in told.items())
+    return _plain_words(event) if event.name.startswith("looplet.") else ""
+
+
+def _plain_words(event: EventRecord) -> str:
+    rest = ", ".join(f"{key.removeprefix('looplet.')}={value}" for key, value in event.attributes.items())
     return ": ".join(filter(None, (event.name.removeprefix("looplet."), rest)))
 
 
@@ -118,6 +152,11 @@ def turns_of(run: RunView) -> int:
 def unreported(run: RunView) -> int:
     """Return how many model calls told no usage."""
     return sum(semconv.INPUT_TOKENS not in chat.attributes for chat in run.chats)
+
+
+def unpriced(run: RunView) -> int:
+    """Return how many model calls have no known price."""
+    return sum(semconv.COST_USD not in chat.attributes for chat in run.chats)
 
 
 def started(run: RunView) -> datetime:
