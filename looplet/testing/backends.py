@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from looplet.errors import BackendError, LoopletError
+from looplet.errors import BackendError, ConfigError, LoopletError
 from looplet.messages import Message
 from looplet.testing._pieces import pieces
 from looplet.types import Delta, Reply, ToolCall, Usage
@@ -39,6 +39,8 @@ class MockLLMBackend:
     provider = "looplet.testing"
 
     def __init__(self, responses: Sequence[str | Exception] | None = None, *, cycle: bool = True) -> None:
+        if isinstance(responses, str):
+            raise ConfigError(f"{type(self).__name__} takes a list of replies: [{responses!r:.60}]")
         self.responses = list(responses or ['{"tool": "done", "args": {"answer": "ok"}}'])
         self.cycle = cycle
         self.model = "mock"
@@ -84,21 +86,27 @@ class ScriptedBackend:
     provider = "looplet.testing"
 
     def __init__(self, replies: Sequence[Scripted], *, model: str = "scripted") -> None:
+        if isinstance(replies, str) or _is_pair(replies):
+            raise ConfigError(f"{type(self).__name__} takes a list of replies: [{replies!r:.60}]")
         self.replies = list(replies)
         self.model = model
         self.requests: list[Sequence[Message]] = []
+        """what the model was sent, oldest first"""
+        self.settings: list[dict[str, Any]] = []
+        """what went along with each request: `system_prompt`, `tools`, `temperature`, ..."""
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Reply:
         """Return the next reply; raises LLMResponsesExhausted after the last."""
-        return to_reply(self._next(messages))
+        return to_reply(self._next(messages, settings))
 
     def stream(self, messages: Sequence[Message], **settings: Any) -> Iterator[Delta | Reply]:
         """Yield the next reply in pieces, then the reply; raises LLMResponsesExhausted after the last."""
-        yield from in_pieces(self._next(messages))
+        yield from in_pieces(self._next(messages, settings))
 
-    def _next(self, messages: Sequence[Message]) -> Scripted:
+    def _next(self, messages: Sequence[Message], settings: dict[str, Any]) -> Scripted:
         number = len(self.requests)
         self.requests.append(messages)
+        self.settings.append(settings)
         if number >= len(self.replies):
             raise LLMResponsesExhausted(f"the script has {len(self.replies)} replies; this is call {number + 1}")
         return self.replies[number]
