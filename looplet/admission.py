@@ -122,8 +122,8 @@ def _admit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
             _take(run, item, decision)
     for bound in run.hooks.of(slot(LifecycleEvent.PRE_TOOL_USE)):
         if item.result is None:
-            told = payload(run, LifecycleEvent.PRE_TOOL_USE, step_num=item.number, tool_call=item.call)
-            _take(run, item, (yield from consult(run, phase, bound, told)))
+            event = payload(run, LifecycleEvent.PRE_TOOL_USE, step_num=item.number, tool_call=item.call)
+            _take(run, item, (yield from consult(run, phase, bound, event)))
 
 
 def _permit(run: RunScope, phase: Phase, item: Pending) -> Effects[None]:
@@ -213,16 +213,16 @@ def request_of(
 
 def record_request(run: RunScope, phase: Phase, request: ApprovalRequest) -> None:
     """Record that a human has to decide; what it is about may be what a rewriting hook has not seen yet."""
-    told = {semconv.TOOL_NAME: request.tool, semconv.TOOL_CALL_ID: request.call_id}
-    told[semconv.ARGUMENTS_SHA256] = request.arguments_sha256
+    facts = {semconv.TOOL_NAME: request.tool, semconv.TOOL_CALL_ID: request.call_id}
+    facts[semconv.ARGUMENTS_SHA256] = request.arguments_sha256
     if not run.trace.withhold_results:
-        told[semconv.APPROVAL_QUESTION] = request.description
-    phase.event(semconv.EVENT_APPROVAL_REQUESTED, told)
+        facts[semconv.APPROVAL_QUESTION] = request.description
+    phase.event(semconv.EVENT_APPROVAL_REQUESTED, facts)
 
 
 def _record_answer(run: RunScope, phase: Phase, item: Pending, answer: str) -> None:
-    told = {semconv.TOOL_CALL_ID: item.call.call_id, semconv.APPROVAL_VERDICT: run.boundary.text(answer)}
-    phase.event(semconv.EVENT_APPROVAL_ANSWERED, told)
+    facts = {semconv.TOOL_CALL_ID: item.call.call_id, semconv.APPROVAL_VERDICT: run.boundary.text(answer)}
+    phase.event(semconv.EVENT_APPROVAL_ANSWERED, facts)
 
 
 def _deny(run: RunScope, item: Pending, reason: str | None, retry: bool) -> None:

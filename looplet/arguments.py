@@ -1,8 +1,9 @@
-"""Arguments that cannot work, said at the call: names that nobody has, and values of the wrong kind."""
+"""Checks of arguments, for errors at the call: names that a function does not have, values of the wrong kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import NoneType
@@ -16,16 +17,14 @@ T = TypeVar("T", bound=Callable[..., Any])
 def strict_names(elsewhere: Callable[[str], str | None] = lambda name: None) -> Callable[[T], T]:
     """Decorate a function, an `__init__` or a dataclass: a keyword argument that it lacks is a ConfigError.
 
-    The error says what `elsewhere` says about the name, else which argument has nearly that name, else which there are.
+    The error gives the advice that `elsewhere` has for the name, else the argument with nearly that name, else all.
     """
 
-    def decorate(made: T) -> T:
-        target: Any = made
-        if isinstance(made, type):
-            target.__init__ = _checked(target.__init__, elsewhere)
-            return made
-        checked: T = _checked(target, elsewhere)
-        return checked
+    def decorate(target: Any) -> Any:
+        if not isinstance(target, type):
+            return _checked(target, elsewhere)
+        target.__init__ = _checked(target.__init__, elsewhere)  # type: ignore[misc]
+        return target
 
     return decorate
 
@@ -62,15 +61,23 @@ TEXT: Final = Kind("a str", lambda value: isinstance(value, str))
 FLAG: Final = Kind("True or False", lambda value: isinstance(value, bool))
 FUNCTION: Final = Kind("a function", callable)
 DICT: Final = Kind("a dict", lambda value: isinstance(value, Mapping))
-NUMBER: Final = Kind("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool))
+NUMBER: Final = Kind(
+    "a number",
+    lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max,
+)
+"""no NaN, and nothing that a float cannot hold"""
 SECONDS: Final = Kind("more than 0 seconds", lambda value: NUMBER.fits(value) and value > 0)
 NAMES: Final = Kind(
     "a list of names",
-    lambda value: not isinstance(value, (str, Mapping)) and all(isinstance(name, str) for name in value),
+    lambda value: (
+        isinstance(value, Collection)  # a generator could be read once
+        and not isinstance(value, (str, Mapping))
+        and all(isinstance(name, str) for name in value)
+    ),
 )
 
 
-def whole(least: int) -> Kind:
+def int_from(least: int) -> Kind:
     """Return the kind of whole numbers from `least` on."""
     return Kind(
         f"a whole number from {least}",
@@ -96,7 +103,7 @@ def optional(kind: Kind) -> Kind:
     return Kind(kind.words, lambda value: value is None or kind.fits(value))
 
 
-def check(given: object, kinds: Mapping[str, Kind], owner: str = "") -> None:
+def check_fields(given: object, kinds: Mapping[str, Kind], owner: str = "") -> None:
     """Raise ConfigError that names the first attribute of `given` which is not of its kind."""
     for name, kind in kinds.items():
         require(owner + name, getattr(given, name), kind)

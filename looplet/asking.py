@@ -14,7 +14,6 @@ from looplet.compacting import compact, compact_if_due
 from looplet.compaction import OVERFLOW
 from looplet.errors import BudgetExhausted, ConfigError, ContextOverflow, ErrorKind, LoopletError, ToolError, words_of
 from looplet.events import LifecycleEvent, slot
-from looplet.frozen import quickly_made
 from looplet.hooks import REWRITES, BoundMethod
 from looplet.memory import refresh_memory
 from looplet.messages import Message, clean_part
@@ -32,7 +31,6 @@ from looplet.types import Reply, Step, ToolCall
 logger = logging.getLogger("looplet")
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A reply as the loop goes on with it."""
@@ -56,10 +54,10 @@ def pre_prompt(run: RunScope, turn: Phase) -> Effects[Sequence[Message]]:
     with turn.phase(semconv.PRE_PROMPT) as phase:
         outgoing = run.outgoing
         outgoing.briefed = []
-        unseen, run.unseen = run.unseen, []
         if run.config.memory_sources:
             yield from refresh_memory(run, phase)
         yield from compact_if_due(run, phase)
+        unseen, run.unseen = run.unseen, []  # not before hooks are asked: a run that is left until then tells them
         rewritten: Sequence[Message] | None = None
         for bound in run.hooks.of("pre_prompt"):
             if run.context is not None:
@@ -105,9 +103,9 @@ def chat(run: RunScope, turn: Phase, messages: Sequence[Message]) -> Effects[Ans
         return Answer(Reply(), error=error)
     except Exception as error:
         if not isinstance(error, LoopletError):
-            told = None if run.boundary.redactors else error  # a log is no place for what must not be seen
+            logged = None if run.boundary.redactors else error  # a log is no place for what must not be seen
             logger.error(
-                "looplet: the backend raised %s, which is no BackendError", type(error).__name__, exc_info=told
+                "looplet: the backend raised %s, which is no BackendError", type(error).__name__, exc_info=logged
             )
         run.say_stop("llm_error")
         return Answer(Reply(), error=error)
@@ -181,7 +179,8 @@ def facts_of(run: RunScope, answer: Answer) -> dict[str, Any]:
 def error_step(run: RunScope, answer: Answer) -> Step:
     """Return the step that stands for a failed model call or for replies that hold no tool call."""
     if answer.error is not None:
-        words = run.boundary.text(f"LLM call failed: {type(answer.error).__name__}: {words_of(answer.error)}")
+        kind = "" if isinstance(answer.error, LoopletError) else f"{type(answer.error).__name__}: "
+        words = run.boundary.text(f"LLM call failed: {kind}{words_of(answer.error)}")
         call, error = ToolCall("__llm_error__"), ToolError(words, kind=ErrorKind.EXECUTION)
     else:
         call, error = ToolCall("__parse_error__"), ToolError(answer.problem, kind=ErrorKind.PARSE, retriable=True)
@@ -244,8 +243,8 @@ def _read(run: RunScope, before: str, phase: Phase, reply: Reply) -> tuple[Reply
     run.parse_failures = 0
     named = tuple([_with_own_id(run, call, number) for number, call in enumerate(calls, _next_step(run))])
     if reply.tool_calls:
-        told = reply if named == reply.tool_calls else replace(reply, tool_calls=named)
-        return told, Answer(replace(whole, tool_calls=named) if before else told)
+        with_ids = reply if named == reply.tool_calls else replace(reply, tool_calls=named)
+        return with_ids, Answer(replace(whole, tool_calls=named) if before else with_ids)
     return reply, Answer(replace(whole, tool_calls=named, text="" if run.model.native else whole.text))
 
 

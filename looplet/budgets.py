@@ -13,13 +13,12 @@ recorded (`Guard.unchecked`).  Give such a budget `model_calls` as well.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Final
 
-from looplet.arguments import NUMBER, Kind, require, strict_names, whole
+from looplet.arguments import NUMBER, Kind, int_from, require, strict_names
 from looplet.errors import ConfigError
 from looplet.ledger import Ledger
 
@@ -30,7 +29,7 @@ ACTING: Final = ("seconds", "steps", "tool_calls")
 _UNKNOWN: Final = {"tokens": "unreported", "usd": "unpriced"}
 """limit -> the calls that it cannot count"""
 
-AMOUNT: Final = Kind("a number from 0", lambda value: NUMBER.fits(value) and 0 <= value < math.inf)
+AMOUNT: Final = Kind("a number from 0", lambda value: NUMBER.fits(value) and value >= 0)
 
 logger = logging.getLogger("looplet")
 
@@ -55,7 +54,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, limit in self.limits.items():
-            require(f"budget {name}", limit, AMOUNT if name in ("usd", "seconds") else whole(0))
+            require(f"budget {name}", limit, AMOUNT if name in ("usd", "seconds") else int_from(0))
         if not self.limits:
             raise ConfigError(
                 f"a budget without a limit limits nothing; name one of {', '.join(f.name for f in fields(self))}, "
@@ -65,8 +64,8 @@ class Budget:
     @property
     def limits(self) -> dict[str, float]:
         """Return the limits that are set, by name."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: limit for name, limit in told.items() if limit is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: limit for name, limit in values.items() if limit is not None}
 
 
 class BudgetCap:

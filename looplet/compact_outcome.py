@@ -34,20 +34,20 @@ class CompactOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as a JSON-like dict."""
-        told = asdict(self)
-        return {**told, "stages": list(self.stages), "warnings": list(self.warnings), "compacted": self.compacted}
+        values = asdict(self)
+        return {**values, "stages": list(self.stages), "warnings": list(self.warnings), "compacted": self.compacted}
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A conversation before a service had its way with it."""
+    """A conversation before a service edits it."""
 
     messages: list[Message]
     tokens: int
 
     @classmethod
     def of(cls, conversation: Conversation) -> Snapshot:
-        """Take it."""
+        """Return the conversation as it is now."""
         return cls(list(conversation), conversation.tokens)
 
     def damage(self, conversation: Conversation) -> str:
@@ -57,42 +57,44 @@ class Snapshot:
         return damage(self.messages, list(conversation))
 
     def undo_damage(self, conversation: Conversation) -> None:
-        """Take an edit back that left the conversation worse."""
+        """Undo an edit that left the conversation worse (`damage`)."""
         if any(not isinstance(message, Message) for message in conversation) or self.damage(conversation):
             conversation.restore(self.messages)
 
 
-def measured(
-    told: Any, service: Any, conversation: Conversation, reason: str, before: Snapshot
+def outcome_of(
+    returned: Any, service: Any, conversation: Conversation, reason: str, before: Snapshot
 ) -> CompactOutcome | None:
-    """Return what a service did, with our own numbers; None when it did nothing.
+    """Return what a service did, with sizes measured here; None when it did nothing.
+
+    returned: by the service's `compact`, an outcome or None.  before: the conversation as the service got it.
 
     Raises LoopletError for an answer that is no outcome, and for an edit after which no provider would go on.
     """
     name = type(service).__name__
-    if told is not None and not isinstance(told, CompactOutcome):
-        raise LoopletError(f"{name}.compact returned {type(told).__name__}; it may return a CompactOutcome")
+    if returned is not None and not isinstance(returned, CompactOutcome):
+        raise LoopletError(f"{name}.compact returned {type(returned).__name__}; it may return a CompactOutcome")
     if problem := before.damage(conversation):
         raise LoopletError(f"{name}.compact {problem}")
     messages, tokens = len(conversation), conversation.tokens
     did = (messages, tokens) != (len(before.messages), before.tokens)
-    if told is None and not did:
+    if returned is None and not did:
         return None
-    stages = told.stages if told is not None and told.stages else (name,) if did else ()
+    stages = returned.stages if returned is not None and returned.stages else (name,) if did else ()
     return CompactOutcome(
         reason,
         len(before.messages),
         messages,
         before.tokens,
         tokens,
-        told.summary if told is not None else "",
+        returned.summary if returned is not None else "",
         stages,
-        told.warnings if told is not None else (),
+        returned.warnings if returned is not None else (),
     )
 
 
-def warned(outcome: CompactOutcome | None, conversation: Conversation, reason: str, words: str) -> CompactOutcome:
-    """Return the outcome, that of doing nothing for None, with a warning more."""
+def with_warning(outcome: CompactOutcome | None, conversation: Conversation, reason: str, words: str) -> CompactOutcome:
+    """Return the outcome with one more warning; for None, an outcome that changed nothing."""
     if outcome is None:
         count, tokens = len(conversation), conversation.tokens
         return CompactOutcome(reason, count, count, tokens, tokens, warnings=(words,))

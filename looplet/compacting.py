@@ -6,7 +6,7 @@ import inspect
 from functools import partial
 from typing import Any, Final
 
-from looplet.compact_outcome import CompactOutcome, Snapshot, measured
+from looplet.compact_outcome import CompactOutcome, Snapshot, outcome_of
 from looplet.compaction import OVERFLOW, ClipToolResults, PruneToolResults, TruncateCompact, compact_chain
 from looplet.events import LifecycleEvent
 from looplet.handle import handle_of
@@ -37,20 +37,22 @@ def compact(run: RunScope, above: Phase, reason: str) -> Effects[CompactOutcome 
     A service that raises is an error of its span; the run goes on.
     """
     service = _service(run, reason)
-    talk = run.conversation
+    conversation = run.conversation
     _mark_task(run)
     outcome = None
     with above.phase(semconv.COMPACT) as phase:
-        is_refused = yield from _is_refused(run, phase, len(talk))
-        before = Snapshot.of(talk)
+        is_refused = yield from _is_refused(run, phase, len(conversation))
+        before = Snapshot.of(conversation)
         if not is_refused:
             try:
-                told = yield from _ask(run, phase, service, reason)
-                outcome = measured(told, service, talk, reason, before)
+                returned = yield from _ask(run, phase, service, reason)
+                outcome = outcome_of(returned, service, conversation, reason, before)
             except Exception as error:  # noqa: BLE001 - services are foreign code, and the run can go on without
-                before.undo_damage(talk)
+                before.undo_damage(conversation)
                 phase.fail_with(error)
-        known = outcome or CompactOutcome(reason, len(before.messages), len(talk), before.tokens, talk.tokens)
+        known = outcome or CompactOutcome(
+            reason, len(before.messages), len(conversation), before.tokens, conversation.tokens
+        )
         _record(run, phase, service, known)
         counts = {"messages_before": known.messages_before, "messages_after": known.messages_after}
         extra = {"reason": reason, "outcome": outcome}

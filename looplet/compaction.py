@@ -15,13 +15,13 @@ import inspect
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, Final, Protocol
 
-from looplet.arguments import require, whole
+from looplet.arguments import int_from, require
 from looplet.clipping import clip_result
-from looplet.compact_outcome import CompactOutcome, Snapshot, measured, warned
-from looplet.driving import Asking, drive
+from looplet.compact_outcome import CompactOutcome, Snapshot, outcome_of, with_warning
 from looplet.errors import ConfigError, ContextOverflow, LoopletError
 from looplet.messages import Conversation, Message
 from looplet.prompt import render
+from looplet.sync_or_async import MaybeAsync, drive
 from looplet.tokens import size_of_all
 from looplet.turns import answers, is_summary, split, summary_message, task_of, with_responses
 from looplet.types import Reply, cut
@@ -146,7 +146,7 @@ class SummarizeCompact:
 
     def _plan(
         self, conversation: Conversation, llm: Any, reason: str, before: Sequence[Message] | None
-    ) -> Asking[CompactOutcome | None]:
+    ) -> MaybeAsync[CompactOutcome | None]:
         old, recent = split(conversation, self.keep_recent)
         task = task_of(conversation)
         kept = [m for m in old if m is task or m.role == "system"]
@@ -162,9 +162,9 @@ class SummarizeCompact:
             text = cut(_text_of(said), self.summary_max_chars)
         except Exception as error:  # noqa: BLE001 - whatever a model raises, the conversation must become shorter
             outcome = TruncateCompact(self.keep_recent).compact(conversation=conversation, reason=reason)
-            return warned(outcome, conversation, reason, f"{_name(self)}: no summary ({type(error).__name__})")
+            return with_warning(outcome, conversation, reason, f"{_name(self)}: no summary ({type(error).__name__})")
         outcome = _edit(conversation, [*kept, summary_message(text), *recent], reason, self, summary=text)
-        return outcome or warned(None, conversation, reason, f"{_name(self)}: the summary was no shorter")
+        return outcome or with_warning(None, conversation, reason, f"{_name(self)}: the summary was no shorter")
 
     def _ask(self, llm: Any, task: Message | None, gone: Sequence[Message]) -> Any:
         goal = f"THE TASK\n{task.text}\n\n" if task is not None else ""
@@ -212,7 +212,7 @@ class Chain:
 
     def _plan(
         self, conversation: Conversation, reason: str, first: Sequence[Message], given: dict[str, Any]
-    ) -> Asking[CompactOutcome | None]:
+    ) -> MaybeAsync[CompactOutcome | None]:
         messages, tokens = len(conversation), conversation.tokens
         target = tokens // 2 if self.target_tokens is None else self.target_tokens
         outcomes, failure = [], None
@@ -222,13 +222,13 @@ class Chain:
             before = Snapshot.of(conversation)
             try:
                 more = {**given, "before": first} if _takes_before(stage) else given
-                told = yield stage.compact(conversation=conversation, reason=reason, **more)
-                outcomes.append(measured(told, stage, conversation, reason, before))
+                returned = yield stage.compact(conversation=conversation, reason=reason, **more)
+                outcomes.append(outcome_of(returned, stage, conversation, reason, before))
             except Exception as error:  # noqa: BLE001 - a service is foreign code; the next one may do better
                 failure = failure or error
                 before.undo_damage(conversation)
-                told = warned(None, conversation, reason, f"{_name(stage)}: {type(error).__name__}")
-                outcomes.append(measured(told, stage, conversation, reason, before))
+                returned = with_warning(None, conversation, reason, f"{_name(stage)}: {type(error).__name__}")
+                outcomes.append(outcome_of(returned, stage, conversation, reason, before))
         made = [outcome for outcome in outcomes if outcome is not None]
         if failure is not None and conversation.tokens >= tokens:
             raise failure
@@ -254,8 +254,8 @@ class AsyncChain(Chain):
     ) -> CompactOutcome | None:
         """Ask the stages."""
         outcome = super().compact(conversation=conversation, reason=reason, before=before, **given)
-        told: CompactOutcome | None = await outcome if inspect.isawaitable(outcome) else outcome
-        return told
+        result: CompactOutcome | None = await outcome if inspect.isawaitable(outcome) else outcome
+        return result
 
 
 def check_service(service: Any) -> None:
@@ -323,5 +323,5 @@ def _name(service: Any) -> str:
 
 
 def _count(name: str, value: Any) -> int:
-    require(name, value, whole(0))
+    require(name, value, int_from(0))
     return int(value)

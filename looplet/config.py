@@ -6,8 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from looplet.arguments import DICT, FLAG, FUNCTION, NAMES, NUMBER, TEXT, check, optional, shown, strict_names, whole
+from looplet.arguments import (
+    DICT,
+    FLAG,
+    FUNCTION,
+    NAMES,
+    NUMBER,
+    TEXT,
+    check_fields,
+    int_from,
+    optional,
+    shown,
+    strict_names,
+)
 from looplet.errors import ConfigError
+from looplet.former_settings import INSTEAD
 
 if TYPE_CHECKING:
     from looplet.budgets import Budget
@@ -15,8 +28,8 @@ if TYPE_CHECKING:
 
 
 _KINDS: Final = {
-    "max_steps": optional(whole(0)),
-    "max_tokens": optional(whole(1)),
+    "max_steps": optional(int_from(0)),
+    "max_tokens": optional(int_from(1)),
     "temperature": optional(NUMBER),
     "system_prompt": optional(TEXT),
     "agent_name": TEXT,
@@ -24,54 +37,22 @@ _KINDS: Final = {
     "done_tools": NAMES,
     "use_native_tools": FLAG,
     "concurrent_dispatch": FLAG,
-    "max_parallel_calls": whole(1),
-    "parse_recovery": whole(0),
-    "gate_failures": whole(1),
+    "max_parallel_calls": int_from(1),
+    "parse_recovery": int_from(0),
+    "gate_failures": int_from(1),
     "redact": optional(FUNCTION),
     "capture_content": optional(FLAG),
     "tool_metadata": DICT,
     "generate_kwargs": DICT,
     "approval_handler": optional(FUNCTION),
-    "max_turn_continuations": whole(0),
-    "context_window": optional(whole(1)),
-    "tool_result_max_chars": optional(whole(1)),
-    "max_depth": whole(1),
+    "max_turn_continuations": int_from(0),
+    "context_window": optional(int_from(1)),
+    "tool_result_max_chars": optional(int_from(1)),
+    "max_depth": int_from(1),
 }
 
-_ELSEWHERE: Final = {
-    "recovery_temperature": "a corrective turn is asked like any other, temperature= counts for it",
-    "done_tool_schemas": "give the done tool its parameters, tools_from([...], include_done=True, "
-    "done_parameters={...}), or the loop an output_type=",
-    "output_schema": "composable_loop takes a type, output_type=Order; for a JSON Schema, register the done tool with "
-    "tools_from([...], include_done=True, done_parameters={...})",
-    "tool_result_persist_dir": "the trace holds whole results, hooks=[ProvenanceSink(dir)]; tool_result_max_chars= is "
-    "what the model sees of one",
-    "build_briefing": "a hook's pre_prompt(state, session_log, context, step_num) returns what the request is to say",
-    "build_prompt": "a hook's pre_prompt gets the request as its third argument and may return it rewritten",
-    "render_messages_override": "a hook's pre_prompt gets the request as its third argument: "
-    "return context.rewrite(function)",
-    "build_trace": "the trace is a file, hooks=[ProvenanceSink(dir)], and what the run came to is run.result",
-    "extract_entities": "a hook's post_dispatch may call session_log.record(..., entities=[...])",
-    "extract_step_metadata": "a hook's post_dispatch may call session_log.record(..., findings=[...])",
-    "domain": "what a DomainAdapter did, hooks do: pre_prompt, post_dispatch, on_loop_end",
-    "reactive_recovery": "leave it out, a request that is too long is always made shorter and sent once more",
-    "recovery_registry": "parse_recovery= is how often a reply without a tool call is corrected; "
-    "failing models are for ResilientBackend(llm, ...)",
-    "max_briefing_tokens": "nothing cuts what hooks add to a request, let them return less",
-    "context_window_steps": "compact_service=PruneToolResults(keep_recent=5) clears the results before the last five",
-    "context_inline_per_step_chars": "tool_result_max_chars= is what the model sees of one result",
-    "context_window_total_chars": "context_window= is in tokens; older results go before it is full",
-    "router": "pass the router as the loop's llm=",
-    "cache_policy": "it belongs to the backend, AnthropicBackend(..., cache=CachePolicy())",
-    "tracer": "composable_loop takes a tracer_provider=; a trace file needs none, hooks=[ProvenanceSink(dir)]",
-    "checkpoint_dir": "there are no checkpoints yet; hooks=[ProvenanceSink(dir)] writes the trace as the run goes, and "
-    "a run that waits for an approval goes on with composable_loop(resume=dir)",
-    "initial_checkpoint": "a run that waits for an approval goes on with composable_loop(resume=...)",
-}
-"""settings of the original looplet, and what to write instead"""
 
-
-@strict_names(_ELSEWHERE.get)
+@strict_names(INSTEAD.get)
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
     """Settings of a run.  A run never changes the object it was given."""
@@ -127,7 +108,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if isinstance(self.done_tools, str):
             raise ConfigError(f"done_tools is a list of names: done_tools=[{self.done_tools!r}]")
-        check(self, _KINDS)
+        check_fields(self, _KINDS)
         if self.cancel_token is not None and not _has(self.cancel_token, "on_cancel"):
             raise ConfigError(f"cancel_token takes a CancelToken(), not {shown(self.cancel_token)}")
         if self.budget is not None and not _has(self.budget, "limits"):

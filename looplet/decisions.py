@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from looplet.arguments import DICT, FLAG, TEXT, Kind, check, optional, require
+from looplet.arguments import DICT, FLAG, TEXT, Kind, check_fields, optional, require
 from looplet.errors import ConfigError
 from looplet.types import ToolResult
 
@@ -50,7 +50,7 @@ class HookDecision:
     def __post_init__(self) -> None:
         if self.permission not in (None, *PERMISSIONS):
             raise ConfigError(f"permission is one of {', '.join(map(repr, PERMISSIONS))}, not {self.permission!r}")
-        check(self, _KINDS, "HookDecision: ")
+        check_fields(self, _KINDS, "HookDecision: ")
         if self.stop == "":
             raise ConfigError("a stop reason must not be empty: Stop('enough')")
 
@@ -68,7 +68,7 @@ class HookDecision:
 
     def is_noop(self) -> bool:
         """Tell whether the decision changes nothing."""
-        return not self.said()
+        return not self.effects()
 
     @property
     def reason(self) -> str:
@@ -80,10 +80,10 @@ class HookDecision:
         """Tell whether the model is invited to make a refused call again."""
         return bool(self.metadata.get("retry"))
 
-    def said(self) -> list[str]:
-        """Return the names of the fields that say something; allowing alone is nothing new."""
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metadata"}
-        return [name for name, value in told.items() if value is not None and (name, value) not in _SILENT]
+    def effects(self) -> list[str]:
+        """Return the names of the fields that change something; to allow a call changes nothing."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metadata"}
+        return [name for name, value in values.items() if value is not None and (name, value) not in _SILENT]
 
 
 _SILENT: Final = (("permission", "allow"), ("compact", False))
@@ -176,7 +176,7 @@ def interpret(value: Any, hook: str, method: str) -> HookDecision:
             f"{hook}.check_done cannot have a human asked; ask in check_permission, with done by its name"
         )
     meaning = MEANING.get(method, frozenset())
-    if strange := [name for name in decision.said() if name not in meaning]:
+    if strange := [name for name in decision.effects() if name not in meaning]:
         raise ConfigError(
             f"{hook}.{method} returned a HookDecision with {', '.join(strange)}, which has no meaning there; "
             f"{method} understands {', '.join(sorted(meaning)) or 'no field'}"

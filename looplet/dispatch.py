@@ -149,9 +149,9 @@ def _note_request(run: RunScope, phase: Phase, item: Pending) -> None:
     if not _asks(run, item):
         return
     assert item.result is not None
-    told, options = item.result.data, item.result.data.get("approval_options")
+    data, options = item.result.data, item.result.data.get("approval_options")
     named = [str(option) for option in options] if isinstance(options, list) else []
-    question = str(told.get("approval_description") or "")
+    question = str(data.get("approval_description") or "")
     request = request_of(run, item, question, named or OPTIONS, has_run=True)
     record_request(run, phase, request)
     run.approvals.requests.append(request)

@@ -18,7 +18,7 @@ from looplet.messages import encode
 from looplet.models import AGENT
 from looplet.plan import Closing, Effects, Skipped, finish
 from looplet.scope import RunScope
-from looplet.segments import record_of, told_by
+from looplet.segments import entries_of, record_of
 from looplet.state import SessionLog
 from looplet.steering import payload, record_results
 from looplet.streaming import RunEndEvent, RunStartEvent
@@ -125,7 +125,7 @@ def _end(run: RunScope, root: Phase, failure: BaseException | None) -> Effects[B
         if run.ending != WAITING:
             run.approvals.requests.clear()
         phase.put({semconv.STOP_REASON: run.ending or ""})
-        if (notes := own_notes(run)) is not None:
+        if not run.rewrites and (notes := own_notes(run)) is not None:  # a hook's words about what is rewritten
             phase.put({semconv.SESSION_LOG: notes})
         if failure is not None:
             phase.fail_with(failure)
@@ -198,6 +198,6 @@ def _record_totals(run: RunScope, root: Phase, ending: str) -> None:
 
 def own_notes(run: RunScope) -> str | None:
     """Return the session log's text where somebody else wrote into it too: the steps alone do not tell it then."""
-    if told_by(run.state.steps) == run.session_log.entries and run.session_log.title == SessionLog().title:
+    if entries_of(run.state.steps) == run.session_log.entries and run.session_log.title == SessionLog().title:
         return None
     return run.boundary.text(run.session_log.render())

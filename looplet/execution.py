@@ -33,20 +33,20 @@ from looplet.tools import ToolContext, failure, success
 from looplet.types import ToolCall, ToolResult
 
 NO_CONTEXT: Final = ToolContext()
-"""of tools that take none"""
+"""for tools without a parameter `ctx`"""
 
-
-_UNBEGUN: Final[dict[type, tuple[str, str]]] = {
+_LAZY: Final[dict[type, tuple[str, str]]] = {
     GeneratorType: ("a generator", "return list(...)"),
     AsyncGeneratorType: ("an async generator", "return [x async for x in ...]"),
     CoroutineType: ("a coroutine", "return await ..."),
 }
+"""results whose code has not run yet → what they are called, what to write instead"""
 
 
 def execute_tools(run: RunScope, above: Phase, items: Sequence[Pending]) -> Effects[None]:
     """Run tools, several of them at the same time.
 
-    Whoever still works when the run is left is told so by the token of his call.
+    When the run is left, the tokens of the calls that still run are cancelled.
     """
     lane = PARALLEL if len(items) > 1 else SERIAL
     token = run.cancel_token.child()
@@ -61,11 +61,11 @@ def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str, token: C
     """Run one tool.  A failing tool is an observation for the model, never an exception."""
     call = item.call
     marked = attributes.of_call_marker(call, item.number) if run.trace.recording else None
-    told = attributes.of_call(call, item.number, True) if run.trace.recording else None
+    facts = attributes.of_call(call, item.number, True) if run.trace.recording else None
     with above.phase(semconv.TOOL_START, attributes=marked):
         pass
     run.trace.durable()  # from here on a resumed run knows that the call may have had its effect
-    with above.phase(semconv.EXECUTE_TOOL, call.tool, attributes=told) as phase:
+    with above.phase(semconv.EXECUTE_TOOL, call.tool, attributes=facts) as phase:
         item.ran, item.context = True, phase.context
         result = yield from _perform(run, phase, item, lane, token)
         item.result = item.recorded = result = clean_result(run, result, duration_ms=phase.stop_clock())
@@ -74,7 +74,7 @@ def execute_tool(run: RunScope, above: Phase, item: Pending, lane: str, token: C
 
 
 def _perform(run: RunScope, phase: Phase, item: Pending, lane: str, token: CancelToken) -> Effects[ToolResult]:
-    """Make the call, and again as often as the tool was declared to bear it."""
+    """Make the call, and retry it as the tool's `retries` and `idempotent` allow."""
     spec = item.spec
     assert spec is not None
     for attempt in count(1):
@@ -101,7 +101,7 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
         context = set_value(CANCEL_KEY, token, phase.context)
         lane = INLINE if spec.is_async else lane
         value = yield Call(spec.bind(item.arguments, ctx), context, lane, spec.timeout_s)
-        result = success(call, _worked(call.tool, value), warnings=ctx.warnings)
+        result = success(call, _require_eager(call.tool, value), warnings=ctx.warnings)
     except CallTimeout:
         _cancel(token, "timeout")
         phase.put({semconv.TOOL_ABANDONED: True})
@@ -109,7 +109,7 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
         error = ToolError(words, kind=ErrorKind.TIMEOUT, retriable=True)
         result = failure(call, error, warnings=ctx.warnings)
     except BaseException as error:
-        if not _is_the_tools(error):
+        if not _is_tool_failure(error):
             _cancel(token, _reason_of(error))
             raise
         result = failure(call, to_tool_error(_raised(error)), warnings=ctx.warnings)
@@ -117,11 +117,11 @@ def _attempt(run: RunScope, phase: Phase, item: Pending, lane: str, token: Cance
     return result
 
 
-def _worked(tool: str, value: Any) -> Any:
-    """Return what a tool returned; raises ToolError for what has not even begun."""
-    if type(value) not in _UNBEGUN:
+def _require_eager(tool: str, value: Any) -> Any:
+    """Return what a tool returned.  Raises ToolError for a generator or a coroutine: the tool's code has not run."""
+    if type(value) not in _LAZY:
         return value
-    kind, cure = _UNBEGUN[type(value)]
+    kind, cure = _LAZY[type(value)]
     discard(value)
     raise ToolError(f"{tool} returned {kind} and has done nothing; its function must return values: {cure}")
 
@@ -131,11 +131,11 @@ def _raised(error: BaseException) -> BaseException:
     return error.__cause__ or error if isinstance(error, Escaped) else error
 
 
-def _is_the_tools(error: BaseException) -> bool:
-    """Tell whether the model is to see an error; the others mean the run, such as a Ctrl-C.
+def _is_tool_failure(error: BaseException) -> bool:
+    """Tell whether an error is a result of the tool, for the model to read; any other, such as a Ctrl-C, ends the run.
 
-    A tool that exits has failed, a signal handler that exits means the process.  A tool that waited for something
-    that somebody has cancelled has failed, a tool that was cancelled itself means the run.
+    `SystemExit`: the tool has failed, unless a signal handler raised it.  `CancelledError`: the tool has failed when
+    what it waited for was cancelled; the run ends when the task of the run was.
     """
     if isinstance(error, SystemExit):
         return not _is_of_signal_handler(error)
@@ -201,26 +201,26 @@ def _report_progress(run: RunScope, phase: Phase, item: Pending, token: CancelTo
     if token.is_cancelled or run.trace.recorder.closed:  # nobody waits for this call any more
         return
     stage, data = run.boundary.text(str(stage)), run.boundary.clean(data)
-    told = {semconv.PROGRESS_STAGE: stage, semconv.PROGRESS_DATA: data}
-    phase.event(semconv.EVENT_PROGRESS, {} if run.trace.withhold_results else told)
+    progress = {semconv.PROGRESS_STAGE: stage, semconv.PROGRESS_DATA: data}
+    phase.event(semconv.EVENT_PROGRESS, {} if run.trace.withhold_results else progress)
     if run.stream:
         event = ToolProgressEvent(run.run_id, step=item.number, call_id=item.call.call_id, stage=stage, data=data)
         run.stream.emit(event)
     facts = {"step_num": item.number, "tool_call": item.call, "extra": {"stage": stage, "data": data}}
     for bound in run.hooks.of(slot(LifecycleEvent.TOOL_PROGRESS)):  # in the tool's own thread, where nobody can steer
-        told_hook = partial(bound.function, payload(run, LifecycleEvent.TOOL_PROGRESS, **facts))
-        run.trace.notify(bound.function, told_hook, partial(interpret, hook=bound.hook, method=bound.method))
+        notify_hook = partial(bound.function, payload(run, LifecycleEvent.TOOL_PROGRESS, **facts))
+        run.trace.notify(bound.function, notify_hook, partial(interpret, hook=bound.hook, method=bound.method))
 
 
 def _record_retry(run: RunScope, phase: Phase, attempt: int, error: ToolError, delay_s: float) -> None:
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         semconv.ATTEMPT: attempt,
         semconv.ERROR_TYPE: str(error.kind),
         semconv.RETRY_DELAY: delay_s,
     }
     if not run.trace.withhold_results:
-        told[semconv.EXCEPTION_MESSAGE] = run.boundary.text(error.message)
-    phase.event(semconv.EVENT_TOOL_RETRY, told)
+        facts[semconv.EXCEPTION_MESSAGE] = run.boundary.text(error.message)
+    phase.event(semconv.EVENT_TOOL_RETRY, facts)
     if error.kind is ErrorKind.TIMEOUT:
         phase.put({semconv.TOOL_ABANDONED: False})  # the next attempt says what the call came to
 

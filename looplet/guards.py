@@ -29,12 +29,12 @@ def require_guards(
     unlimited = [name for name in limits if name not in set(limited)]
     if not lacking and not unlimited:
         return
-    told = [*lacking, *(f"a budget of {name}" for name in unlimited)]
+    missing = [*lacking, *(f"a budget of {name}" for name in unlimited)]
     caps = ", ".join(f"{name}=..." for name in unlimited)
     hooks = ", ".join([*(f"{name}(...)" for name in lacking), *([f"BudgetCap({caps})"] if caps else [])])
     setting = f" or LoopConfig(budget=Budget({caps}))" if caps else ""
     raise ConfigError(
-        f"the paused run had guards that this one lacks: {', '.join(told)}; pass hooks=[{hooks}]{setting} again, "
+        f"the paused run had guards that this one lacks: {', '.join(missing)}; pass hooks=[{hooks}]{setting} again, "
         "or one that allows everything"
     )
 
@@ -58,7 +58,7 @@ def warn_of_unknown_tools(hooks: HookSet, known: Sequence[str]) -> None:
 
     It is no error: the guard may be shared with a sub-agent whose tool that is, or the tool may be registered later.
     """
-    for hook, names in hooks.told(TOOL_NAMES):
+    for hook, names in hooks.named(TOOL_NAMES):
         for name in names:
             if name not in known:
                 _warn(hook, name, did_you_mean(name, known))

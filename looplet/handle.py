@@ -92,7 +92,7 @@ class BlockingModelHandle(ModelHandle):
     def _finish(self, plan: Effects[Reply]) -> Reply:
         loop = self._run.loop
         if loop is not None and self._run.models.of(self._purpose)[0].model.lane == INLINE:
-            return _in_loop(loop, plan, self._token)
+            return _in_loop(self._run, plan, self._token)
         executor = SyncExecutor()
         try:
             return finish(plan, executor.perform)
@@ -117,10 +117,11 @@ class AsyncModelHandle(ModelHandle):
         return (await self.chat([Message.of_text("user", prompt)], **settings)).text
 
 
-def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
+def _in_loop(run: RunScope, plan: Effects[Reply], token: CancelToken) -> Reply:
     """Have the run's event loop perform the plan, and wait in this thread, but no longer than anybody waits for it."""
     import asyncio
 
+    loop = run.loop
     try:
         here: Any = asyncio.get_running_loop()
     except RuntimeError:
@@ -133,6 +134,7 @@ def _in_loop(loop: Any, plan: Effects[Reply], token: CancelToken) -> Reply:
         reply: Reply = job.outcome()
     except (CallCancelled, asyncio.CancelledError):
         give_up()
+        run.check_cancelled()  # as the plan itself does, which may have been a moment slower
         raise ToolError("nobody waits for this answer any more", kind=ErrorKind.CANCELLED) from None
     return reply
 

@@ -30,20 +30,23 @@ from typing import Any, Final, Protocol, runtime_checkable
 from looplet.errors import ConfigError, did_you_mean
 from looplet.events import COVERED_BY, LifecycleEvent, slot
 
-STEERING: Final = (
-    "pre_loop",
-    "pre_prompt",
-    "pre_dispatch",
-    "check_permission",
-    "post_dispatch",
-    "check_done",
-    "should_stop",
-    "should_compact",
-    "on_loop_end",
-)
 EVENTS: Final = "on_event"
 OBSERVING: Final = "on_phase_end"
-METHODS: Final = (*STEERING, EVENTS, OBSERVING)
+ARGUMENTS: Final = {
+    "pre_loop": "state, session_log, context",
+    "pre_prompt": "state, session_log, context, step_num",
+    "pre_dispatch": "state, session_log, tool_call, step_num",
+    "check_permission": "tool_call, state",
+    "post_dispatch": "state, session_log, tool_call, tool_result, step_num",
+    "check_done": "state, session_log, context, step_num",
+    "should_stop": "state, step_num, new_entities",
+    "should_compact": "state, session_log, conversation, step_num",
+    "on_loop_end": "state, session_log, context, llm",
+    EVENTS: "payload",
+    OBSERVING: "phase",
+}
+METHODS: Final = tuple(ARGUMENTS)
+STEERING: Final = tuple(name for name in METHODS if name not in (EVENTS, OBSERVING))
 GATES: Final = frozenset({"check_permission", "check_done"})
 """a gate that raises has said no"""
 GUARDING: Final = ("pre_dispatch", "check_permission", "check_done", "should_stop")
@@ -115,9 +118,9 @@ class HookSet:
         """Return what hooks that remember say of themselves, by name and place among those: `state_dict()`."""
         return [(key, hook.state_dict()) for key, hook in self._rememberers()]
 
-    def load_state_dicts(self, told: Iterable[Sequence[Any]]) -> None:
+    def load_state_dicts(self, states: Iterable[Sequence[Any]]) -> None:
         """Give hooks back what they remembered: `load_state_dict(state)`."""
-        remembered = {str(key): state for key, state in told}
+        remembered = {str(key): state for key, state in states}
         for key, hook in self._rememberers():
             if key in remembered:
                 hook.load_state_dict(remembered[key])
@@ -135,9 +138,9 @@ class HookSet:
 
     def brought(self, attribute: str) -> list[Any]:
         """Return what the objects in `hooks=[...]` bring under an attribute of `BRINGS`."""
-        return [found for _, found in self.told(attribute)]
+        return [found for _, found in self.named(attribute)]
 
-    def told(self, attribute: str) -> list[tuple[str, Any]]:
+    def named(self, attribute: str) -> list[tuple[str, Any]]:
         """Return what the objects in `hooks=[...]` have under an attribute, each with the object's name."""
         return [(_name(hook), found) for hook in self._hooks if (found := getattr(hook, attribute, None)) is not None]
 
@@ -145,7 +148,7 @@ class HookSet:
         """Return the hooks that may refuse or stop, each as the names of its classes, its own one first."""
         asked = {bound.index for name in GUARDING for bound in self._methods[name]}
         said = [getattr(hook, GUARD, None) for hook in self._hooks]
-        is_guard = [told if isinstance(told, bool) else index in asked for index, told in enumerate(said)]
+        is_guard = [answer if isinstance(answer, bool) else index in asked for index, answer in enumerate(said)]
         return [_kinds(hook) for hook, guards in zip(self._hooks, is_guard, strict=True) if guards]
 
     def _add(self, hook: Any, index: int) -> None:
@@ -157,7 +160,7 @@ class HookSet:
         if slip := _misspelt(hook):
             raise ConfigError(slip)
         for name, function in found.items():
-            wants_call = name == "check_done" and _takes_call(function)
+            wants_call = _check_signature(hook, name, function)
             bound = BoundMethod(_name(hook), name, function, index, wants_call, _rewrites(hook))
             if name == EVENTS:
                 self._add_listener(bound, found)
@@ -209,11 +212,20 @@ def _rewrites(hook: Any) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
-def _takes_call(function: Callable[..., Any]) -> bool:
+def _check_signature(hook: Any, method: str, function: Callable[..., Any]) -> bool:
+    """Tell whether a `check_done` takes `tool_call=`; raises ConfigError for a method that cannot be called."""
     try:
-        return "tool_call" in inspect.signature(function).parameters
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # no signature to be had
         return False
+    wants_call = method == "check_done" and "tool_call" in signature.parameters
+    arguments = ARGUMENTS[method]
+    try:
+        signature.bind(*arguments.split(", "), **({"tool_call": None} if wants_call else {}))
+    except TypeError as error:
+        words = f"{_name(hook)}.{method} cannot be called as {method}({arguments}): {error}"
+        raise ConfigError(words) from None
+    return wants_call
 
 
 def _misspelt(hook: Any) -> str:

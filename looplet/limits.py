@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from looplet.arguments import DICT, optional, require, template, whole
+from looplet.arguments import DICT, int_from, optional, require, template
 from looplet.decisions import Deny, HookDecision, InjectContext
 from looplet.errors import ConfigError, ErrorKind
 from looplet.events import EventPayload, LifecycleEvent
@@ -40,10 +40,10 @@ class PerToolLimitHook:
         done_tools: Sequence[str] = ("done",),
     ) -> None:
         require("limits", limits, optional(DICT))
-        require("default_limit", default_limit, optional(whole(0)))
+        require("default_limit", default_limit, optional(int_from(0)))
         require("message", message, template(tool="", limit=1, used=1))
         for name, limit in (limits or {}).items():
-            require(f"the limit of {name!r}", limit, whole(0))
+            require(f"the limit of {name!r}", limit, int_from(0))
         endings = (done_tools,) if isinstance(done_tools, str) else done_tools
         self._limits: dict[str, int | None] = dict.fromkeys(endings) | dict(limits or {})
         self._default = default_limit
@@ -114,11 +114,11 @@ class BudgetWarningHook:
                 raise ConfigError(f"a threshold is a fraction from 0 to 1, such as 0.2, not {threshold!r}")
         self._thresholds = tuple(thresholds)
         self._message = message
-        self._told: PerRun[set[tuple[str, float]]] = PerRun(lambda state: set())
+        self._warned: PerRun[set[tuple[str, float]]] = PerRun(lambda state: set())
 
     def pre_loop(self, state: Any, session_log: Any, context: Any) -> None:
         """Begin with nothing said."""
-        self._told.begin(state)
+        self._warned.begin(state)
 
     @property
     def looplet_guard(self) -> bool | None:
@@ -130,18 +130,18 @@ class BudgetWarningHook:
 
         Not in `pre_prompt`: a hook that has it may rewrite requests, and the trace of such a run tells less.
         """
-        told, lines = self._told.of(state), []
+        warned, lines = self._warned.of(state), []
         for name, (remaining, fraction) in _left_of(state).items():
             crossed = {(name, threshold) for threshold in self._thresholds if fraction <= threshold}
-            if crossed - told:
-                told |= crossed
+            if crossed - warned:
+                warned |= crossed
                 words = name.replace("_", " ")
                 lines.append(self._message.format(name=words, remaining=remaining, remaining_pct=fraction))
         return InjectContext("\n".join(lines)) if lines else None
 
     def on_loop_end(self, state: Any, session_log: Any, context: Any, llm: Any) -> None:
         """Forget the run."""
-        self._told.end(state)
+        self._warned.end(state)
 
 
 def _left_of(state: Any) -> dict[str, tuple[float, float]]:

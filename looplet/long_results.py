@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from looplet.arguments import TEXT, require, whole
+from looplet.arguments import TEXT, int_from, require
 from looplet.clipping import length_of
 from looplet.errors import ErrorKind, ToolError
 from looplet.messages import encode
@@ -33,8 +33,8 @@ class ResultReader:
     """
 
     def __init__(self, *, longer_than: int = LONG, max_chars: int = 10_000, name: str = "read_result") -> None:
-        require("longer_than", longer_than, whole(1))
-        require("max_chars", max_chars, whole(1))
+        require("longer_than", longer_than, int_from(1))
+        require("max_chars", max_chars, int_from(1))
         require("name", name, TEXT)
         self._longer_than = longer_than
         self._max_chars = max_chars
@@ -96,5 +96,5 @@ def _text_of(steps: list[Step], number: int) -> str:
         if step.number == number and step.tool_result.error is None:
             data = with_markers(step.tool_result.data)
             return data if isinstance(data, str) else encode(data).decode()
-    told = [step.number for step in steps if step.tool_result.error is None]
-    raise ToolError(f"there is no result of a step {number}; there are those of {told}", kind=ErrorKind.VALIDATION)
+    readable = [step.number for step in steps if step.tool_result.error is None]
+    raise ToolError(f"there is no result of a step {number}; there are those of {readable}", kind=ErrorKind.VALIDATION)

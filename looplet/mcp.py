@@ -17,14 +17,15 @@ import shlex
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
+from looplet.awaiting import unless_cancelled
 from looplet.errors import ConfigError, ErrorKind, ToolError
 from looplet.parts import Image
+from looplet.plan import CallCancelled
 from looplet.telemetry import semconv
 from looplet.tools import BaseToolRegistry, ToolContext, ToolSpec
 from looplet.types import ToolResult
@@ -176,8 +177,8 @@ class MCPToolAdapter:
             raise ConfigError(f"{self._link.label}: the tool {tool.name!r} cannot be used: {error}") from error
 
     def _reader(self) -> ToolSpec:
-        async def read_resource(uri: str) -> Any:
-            return outcome_of_reading(await self._link.read(uri))
+        async def read_resource(uri: str, ctx: ToolContext) -> Any:
+            return outcome_of_reading(await _unless_cancelled(self._link.read(uri), ctx.cancel_token))
 
         read_resource.__qualname__ = f"MCPToolAdapter({self._link.label}).{READ_RESOURCE}"
         return ToolSpec(
@@ -204,11 +205,11 @@ class ServerTool:
         return await self.call(arguments)
 
     async def call(self, arguments: dict[str, Any], ctx: ToolContext | None = None) -> Any:
-        """Call the tool; `ctx` hears, from another thread, how far the server says it is, and may have it cancelled."""
+        """Call the tool; the server's progress goes to `ctx`, from another thread, and its token cancels the call."""
         if ctx is None:
             return outcome_of(await self._link.call(self._name, arguments))
         tell = None if ctx.on_progress is None else ctx.report_progress
-        return outcome_of(await heeding(ctx.cancel_token, self._link.call(self._name, arguments, tell)))
+        return outcome_of(await _unless_cancelled(self._link.call(self._name, arguments, tell), ctx.cancel_token))
 
 
 class ServerToolSpec(ToolSpec):
@@ -224,29 +225,15 @@ class ServerToolSpec(ToolSpec):
         return partial(function.call, kwargs, ctx)
 
 
-async def heeding(token: CancelToken, asking: Coroutine[Any, Any, Any]) -> Any:
-    """Await `asking`, but cancel it when the token is cancelled; raises ToolError (kind `cancelled`) then."""
-    import asyncio
-
+async def _unless_cancelled(call: Coroutine[Any, Any, Any], token: CancelToken) -> Any:
+    """Await the call of a server's tool; raises ToolError (kind `cancelled`) when the token is cancelled before."""
     from looplet.mcp_session import tool_span
 
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(asking)
-
-    def give_up() -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            loop.call_soon_threadsafe(task.cancel)
-
-    forget = token.on_cancel(give_up)
     try:
-        return await task
-    except asyncio.CancelledError:
-        here = asyncio.current_task()
-        if not token.is_cancelled or (here is not None and here.cancelling()):
-            raise
+        return await unless_cancelled(call, token)
+    except CallCancelled:
         tool_span().set_attribute(semconv.TOOL_ABANDONED, True)
         raise ToolError(f"cancelled: {token.reason}; the server was told", kind=ErrorKind.CANCELLED) from None
-    finally:
-        forget()
 
 
 def outcome_of(result: Any) -> Any:

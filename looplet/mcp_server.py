@@ -125,11 +125,11 @@ class Progress:
 
     def __call__(self, stage: str, data: Any = None) -> None:
         """Report; with `{"progress": 2, "total": 3}` as `data` these are the numbers, else reports are counted."""
-        told = data if isinstance(data, Mapping) else {}
+        report = data if isinstance(data, Mapping) else {}
         words = self._boundary.text(str(stage))
         with suppress(RuntimeError):  # the server has ended meanwhile
             self._loop.call_soon_threadsafe(
-                self._take, words, _number(told.get("progress")), _number(told.get("total"))
+                self._take, words, _number(report.get("progress")), _number(report.get("total"))
             )
 
     async def settle(self) -> None:

@@ -34,21 +34,22 @@ from looplet.types import cut
 
 CLOSE_S: Final = 10.0
 """seconds that closing waits for a server; the SDK kills one that does not end within about 4"""
-Tell: TypeAlias = Callable[[str, Any], Any]
-"""hears of progress: what is going on, and how far it is"""
+OnProgress: TypeAlias = Callable[[str, Any], Any]
+"""called with what is going on, in words, and `{"progress": ..., "total": ...}`"""
 PAGES: Final = 1000
 """pages that a list of tools may have"""
 
 # The SDK logs a server's faults, which are told in errors here; without a handler Python would print them.
-logging.getLogger("mcp").addHandler(logging.NullHandler())
+for _name in ("mcp", "client"):  # the second is that of `mcp.client.session`
+    logging.getLogger(_name).addHandler(logging.NullHandler())
 
 
 class NotSentError(Exception):
-    """A call that certainly had no effect may be made again; `told` is what to raise if that fails, too."""
+    """A call that certainly had no effect may be made again; `failure` is what to raise if that fails, too."""
 
-    def __init__(self, told: ToolError) -> None:
-        super().__init__(told.message)
-        self.told = told
+    def __init__(self, failure: ToolError) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class Connection:
@@ -104,12 +105,12 @@ class Connection:
         except Exception as error:
             raise ConfigError(await self._failure(error)) from error
 
-    async def call(self, name: str, arguments: dict[str, Any], tell: Tell | None) -> CallToolResult:
+    async def call(self, name: str, arguments: dict[str, Any], on_progress: OnProgress | None) -> CallToolResult:
         """Call a tool; raises as `_ask` does."""
         assert self._client is not None
-        hear = None if tell is None else partial(relay, tell)
+        callback = None if on_progress is None else partial(relay, on_progress)
         result: CallToolResult = await self._ask(
-            "tools/call", partial(self._client.call_tool, name, arguments, progress_callback=hear)
+            "tools/call", partial(self._client.call_tool, name, arguments, progress_callback=callback)
         )
         return result
 
@@ -179,11 +180,11 @@ class Connection:
             self._noise = f"; it said what is no JSON-RPC message: {cut(said, 80)!r}"
 
     def _attributes(self, client: Client) -> dict[str, Any]:
-        told = {
+        facts = {
             semconv.MCP_PROTOCOL_VERSION: client.protocol_version,
             **self._wire.target.attributes(),
         }
-        return told | ({semconv.MCP_SESSION_ID: self._wire.session_id} if self._wire.session_id else {})
+        return facts | ({semconv.MCP_SESSION_ID: self._wire.session_id} if self._wire.session_id else {})
 
     async def _explain(self, error: MCPError, note: Sending, span: trace.Span) -> Exception:
         """Return what to raise for a call that came back as a JSON-RPC error, or not at all."""
@@ -260,9 +261,9 @@ class Link:
         found: list[Tool] = await self._running().wait(self._tools(False), copy_context())
         return found
 
-    async def call(self, name: str, arguments: dict[str, Any], tell: Tell | None = None) -> CallToolResult:
+    async def call(self, name: str, arguments: dict[str, Any], on_progress: OnProgress | None = None) -> CallToolResult:
         """Call a tool; raises ToolError in words for the model."""
-        result: CallToolResult = await self._ask(lambda connection: connection.call(name, arguments, tell))
+        result: CallToolResult = await self._ask(lambda connection: connection.call(name, arguments, on_progress))
         return result
 
     async def read(self, uri: str) -> ReadResourceResult:
@@ -326,7 +327,7 @@ class Link:
             except NotSentError:  # the session was lost before this call, which may go through a new one
                 return await ask(await self._connected())
         except NotSentError as error:
-            raise error.told from error
+            raise error.failure from error
         except ConfigError as error:
             raise not_called(str(error)) from error
         except asyncio.CancelledError:
@@ -368,9 +369,9 @@ def tool_span() -> trace.Span:
     return trace.INVALID_SPAN
 
 
-async def relay(tell: Tell, progress: float, total: float | None, message: str | None) -> None:
-    """Hand a progress notification on to `tell`."""
-    tell(message or "progress", {"progress": progress} | ({} if total is None else {"total": total}))
+async def relay(on_progress: OnProgress, progress: float, total: float | None, message: str | None) -> None:
+    """Hand a progress notification on to `on_progress`."""
+    on_progress(message or "progress", {"progress": progress} | ({} if total is None else {"total": total}))
 
 
 def answer_of(error: MCPError) -> ToolError:

@@ -130,6 +130,7 @@ class _Stream:
 
     async def aclose(self) -> None:
         """Close the stream."""
+        self._wire.ended = True
         await self._stream.aclose()
 
     async def __aenter__(self) -> Self:
@@ -139,6 +140,7 @@ class _Stream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> bool | None:
+        self._wire.ended = True  # also where the SDK fails at a message: it reads no further one
         left: bool | None = await self._stream.__aexit__(kind, error, tb)
         return left
 

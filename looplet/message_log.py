@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from looplet.frozen import quickly_made
 from looplet.messages import Message, clean_message, digest, encode, sha256
 
 MAX_RANGES: Final = 8
 """longer reference lists are written relative to an earlier request"""
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
     """How a request is recorded: what was new in it, and references to all of it."""

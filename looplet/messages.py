@@ -12,7 +12,6 @@ from functools import cache
 from itertools import chain, islice
 from typing import Any, Final, TypeAlias, overload
 
-from looplet.frozen import quickly_made
 from looplet.tokens import TokenEstimate
 from looplet.types import Reply, ToolCall
 
@@ -20,7 +19,6 @@ Part: TypeAlias = dict[str, Any]
 SEALS: Final = ("signature", "encrypted")
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message: `role` is system, user, assistant or tool; `parts` are typed as the GenAI conventions have them.

@@ -20,7 +20,6 @@ from looplet.backends.bill import Bill
 from looplet.backends.candidates import Candidate, gives_way, kind_of
 from looplet.cancel import CancelToken
 from looplet.errors import BackendError, BudgetExhausted, LoopletError
-from looplet.frozen import quickly_made
 from looplet.message_log import LoggedRequest
 from looplet.messages import Message
 from looplet.models import AGENT, Option
@@ -36,10 +35,9 @@ from looplet.types import Delta, Reply, Usage
 T = TypeVar("T")
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to ask a model, and on whose behalf."""
+    """What to ask a model, and for whom."""
 
     messages: Sequence[Message]
     log: Callable[[], LoggedRequest]
@@ -49,7 +47,7 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """keyword arguments that beat the run's"""
     token: CancelToken | None = None
-    """of who asks, when that is not the loop: cancelled when nobody waits for the answer any more"""
+    """the token of the tool or hook that asks, None for the loop; cancelled when nobody waits for the answer"""
 
     def check_cancelled(self, run: RunScope) -> None:
         """Raise Closing when the run was cancelled, ToolError (`cancelled`) when nobody waits for the answer."""
@@ -67,7 +65,7 @@ def ask(
 ) -> Effects[T]:
     """Return what `read` makes of the reply, inside the call's span; `read` also says what is recorded of the reply.
 
-    `begun` is told each span that begins.
+    `begun` is called with each span, when it begins.
 
     Raises what the last backend raised, BudgetExhausted, and what `Request.check_cancelled` raises.
     """
@@ -81,8 +79,8 @@ def ask(
         except Exception as error:
             if not gives_way(error):
                 raise
-            told = {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option.model.name}
-            above.event(semconv.EVENT_FALLBACK, told)
+            facts = {semconv.ERROR_TYPE: kind_of(error), semconv.REQUEST_MODEL: option.model.name}
+            above.event(semconv.EVENT_FALLBACK, facts)
     logged = _allowed(run, request, logged)
     return (yield from _ask_one(run, above, request, logged, last, read, begun))
 
@@ -105,8 +103,8 @@ def _ask_one(
 ) -> Effects[T]:
     model = option.model
     call = _Call(run, request, option.candidate, model)
-    told = _identity(run, request, model) | attributes.of_request(logged) if run.trace.recording else None
-    with above.phase(semconv.CHAT, model.name, SpanKind.CLIENT, told) as phase:
+    facts = _identity(run, request, model) | attributes.of_request(logged) if run.trace.recording else None
+    with above.phase(semconv.CHAT, model.name, SpanKind.CLIENT, facts) as phase:
         if begun is not None:
             begun(phase)
         phase.note(model=model.name, provider=model.provider, purpose=request.purpose)
@@ -143,7 +141,7 @@ class _Call:
         """Ask, as often as the rules allow."""
         streams = bool(self._run.stream) and self._model.streams and self._request.purpose == AGENT
         attempt = self._streamed if streams else self._asked
-        notify = partial(self._heard, phase)
+        notify = partial(self._record_delay, phase)
         raw = yield from attempts(self._candidate, partial(attempt, phase), self._wait, notify, tokens=self._size())
         return self._model.reply(raw, self._run.boundary, self._request.tools.tool_names if self._request.tools else ())
 
@@ -156,7 +154,7 @@ class _Call:
         return self._bill.priced(getattr(error, "usage", None))
 
     def emit(self, event: type[StreamEvent], **facts: Any) -> None:
-        """Make an event for the run's stream; other calls than the agent's own are its business, too."""
+        """Make an event for the run's stream; `purpose` says whether the agent asks, or compaction, a tool, ..."""
         if self._run.stream.emitters:
             self._run.emit(event, purpose=self._request.purpose, **facts)
 
@@ -166,14 +164,14 @@ class _Call:
         """Count what the call used, and say so on its span."""
         spent = self._bill.total(usage)
         counts = error is None or spent is not None
-        told: dict[str, Any] = attributes.of_reply(recorded) if recorded is not None and phase.recording else {}
+        facts: dict[str, Any] = attributes.of_reply(recorded) if recorded is not None and phase.recording else {}
         if self._first_chunk_s is not None:
-            told[semconv.TIME_TO_FIRST_CHUNK] = self._first_chunk_s
+            facts[semconv.TIME_TO_FIRST_CHUNK] = self._first_chunk_s
         phase.note(reply=recorded, usage=spent)
         if counts:  # in the ledger and on the span, one right after the other: a Ctrl-C may come between
-            told |= attributes.of_usage(spent)
+            facts |= attributes.of_usage(spent)
             self._run.count_usage(spent)
-        phase.put(told)
+        phase.put(facts)
         if counts:
             self._bill.meter(spent)
         self.emit(
@@ -191,6 +189,7 @@ class _Call:
 
     def _wait_for(self, phase: Phase, call: Callable[[], Any]) -> Effects[Any]:
         """Make a call of the backend; when nobody waits for the answer any more, leave it to itself."""
+        self._request.check_cancelled(self._run)  # whoever heard of the call's beginning may have cancelled
         try:
             token = self._request.token or self._run.cancel_token
             return (yield Call(call, phase.context, self._model.lane, token=token))
@@ -216,7 +215,7 @@ class _Call:
         return item
 
     def _taken(self, phase: Phase, items: Any, gate: DeltaGate, began: float) -> Effects[Any]:
-        """Hand on the deltas, return the reply.  By itself, as `loop.take_turns`: a Ctrl-C must close the stream."""
+        """Hand on the deltas, return the reply.  A function of its own for the reason of `loop.take_turns`: Ctrl-C."""
         while not isinstance(item := (yield from self._wait_for(phase, partial(next_of, items))), Reply):
             if item is END:
                 raise BackendError("the stream ended without a reply", kind="stream_cut", retryable=True)
@@ -240,19 +239,19 @@ class _Call:
         yield Wait(seconds, self._request.token or self._run.cancel_token)
         self._request.check_cancelled(self._run)
 
-    def _heard(self, phase: Phase, what: str, facts: Mapping[str, Any]) -> None:
-        """Take note of a retry or of a wait for a rate limit."""
+    def _record_delay(self, phase: Phase, what: str, facts: Mapping[str, Any]) -> None:
+        """Record a retry, or a wait for a rate limit."""
         if what != "retry":
-            told = {semconv.RATE_LIMIT_WAIT: float(facts["seconds"]), semconv.RATE_LIMIT_NAME: facts["limit"]}
-            phase.event(semconv.EVENT_RATE_LIMITED, told)
+            values = {semconv.RATE_LIMIT_WAIT: float(facts["seconds"]), semconv.RATE_LIMIT_NAME: facts["limit"]}
+            phase.event(semconv.EVENT_RATE_LIMITED, values)
             return
         usage = self._bill.add_failed(facts["usage"])
-        told = {
+        values = {
             semconv.ATTEMPT: facts["attempt"],
             semconv.ERROR_TYPE: facts["error_type"],
             semconv.RETRY_DELAY: facts["delay_s"],
         }
-        phase.event(semconv.EVENT_RETRY, told | (attributes.of_usage(usage) if usage is not None else {}))
+        phase.event(semconv.EVENT_RETRY, values | (attributes.of_usage(usage) if usage is not None else {}))
         self._run.emit(ChatRetryEvent, **{name: facts[name] for name in ("attempt", "error_type", "delay_s")})
 
 

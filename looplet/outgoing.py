@@ -1,7 +1,4 @@
-"""`Outgoing`: the requests of a run.
-
-What each begins with, what is said in the next one only, and what of it has been sent before.
-"""
+"""`Outgoing`: how the requests of a run are put together: head, conversation, and what is said once (the briefing)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,10 @@ from looplet.prompt import Prompt, Shown, render
 
 @dataclass(slots=True)
 class Outgoing:
-    """The requests in which the loop itself asks.  `rewritten`: what a hook has made of the one at hand, if any has."""
+    """The requests that the loop itself sends, not those of compaction or tools.
+
+    Methods take `rewritten`: the messages that a hook has made of the next request, None when no hook has.
+    """
 
     conversation: Conversation
     log: MessageLog
@@ -23,39 +23,39 @@ class Outgoing:
     head: tuple[Message, ...] = ()
     """the messages that every request begins with: system prompt, memory, text protocol"""
     memory: Message | None = None
-    """the one of them that tells what the memory sources said"""
+    """the message of the head with the texts of the memory sources"""
     task: Message | None = None
     """the message that shows the task"""
     task_position: int | None = None
-    """of that message in the first request, None while there is none"""
+    """index of `task` in the run's first request; None until then, and when it is not in it"""
     briefing: list[str] = field(default_factory=list)
     """texts for the next request only"""
     briefed: list[str] = field(default_factory=list)
-    """those that the last request had"""
+    """the texts that the last request had"""
     count: int = 0
     """how many requests were begun"""
     text: str = ""
-    """of what was new in the last request, until a step has taken it"""
+    """what was new in the last request, as text, until a step has taken it"""
     _shown: Shown = field(default_factory=Shown)
     """the conversation as text, for hooks that get the `Prompt`"""
     _prefix: int = 0
     """how many leading messages the next request shares with the last one, if the conversation was only appended to"""
     _edits: int = 0
-    """of the conversation, when the last request was numbered"""
+    """`conversation.edits` when the last request was numbered"""
 
     def begin_with(self, head: tuple[Message, ...], memory: Message | None) -> None:
-        """Have the next request begin otherwise than the last one did."""
+        """Let the next request begin with another head."""
         self.head, self.memory = head, memory
         self._edits = -1
         self._shown = Shown()
 
     def request(self, rewritten: Sequence[Message] | None) -> Sequence[Message]:
-        """Return the messages about to be sent, what hooks added so far included."""
+        """Return the messages of the next request, with what hooks have added so far."""
         added = (Message.of_text("user", "\n\n".join(dict.fromkeys(self.briefing))),) if self.briefing else ()
         return self.conversation.view(self.head, added) if rewritten is None else [*rewritten, *added]
 
     def prompt(self, rewritten: Sequence[Message] | None) -> Prompt:
-        """Return the request at hand as text; note where the task is in the first one, before it is rewritten."""
+        """Return the next request as text; of the run's first one, note where the task is before a hook rewrites it."""
         request = self.request(rewritten)
         if rewritten is not None:
             return Prompt.of(request)
@@ -64,12 +64,12 @@ class Outgoing:
         return self._shown.prompt(request, stable=self._stable, edits=self.conversation.edits)
 
     def new_text(self, rewritten: Sequence[Message] | None, *, whole: bool) -> str:
-        """Return the text of what the request at hand has more than the last one, or of all of it."""
+        """Return as text what the next request has more than the last one; all of it with `whole`."""
         first = self._prefix if not whole and self._edits == self.conversation.edits else 0
         return render(self.request(rewritten)[first:], first)
 
     def take_briefing(self) -> None:
-        """Note that the request at hand says what hooks have said so far."""
+        """Note that the next request has the briefing."""
         self.briefed += self.briefing
         self.briefing = []
 

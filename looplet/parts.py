@@ -85,8 +85,8 @@ class Image:
     def __looplet_part__(self) -> dict[str, Any]:
         """Return the part of a message that the boundary lets through."""
         if self.uri:
-            told = {"mime_type": self.mime_type} if self.mime_type else {}
-            return {"type": "uri", "modality": "image", **told, "uri": self.uri}
+            mime_type = {"mime_type": self.mime_type} if self.mime_type else {}
+            return {"type": "uri", "modality": "image", **mime_type, "uri": self.uri}
         content = b64encode(self.data).decode()
         return {"type": "blob", "modality": "image", "mime_type": self.mime_type, "content": content}
 

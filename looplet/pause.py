@@ -67,8 +67,8 @@ class Settings:
     @classmethod
     def of(cls, config: LoopConfig, system_prompt: str) -> Self:
         """Return the plain values of a config, with the system prompt as it may be recorded."""
-        told = {f.name: getattr(config, f.name) for f in fields(cls)}
-        return cls(**{**told, "system_prompt": system_prompt, "done_tools": list(config.done_tools)})
+        values = {f.name: getattr(config, f.name) for f in fields(cls)}
+        return cls(**{**values, "system_prompt": system_prompt, "done_tools": list(config.done_tools)})
 
     def config(self) -> LoopConfig:
         """Return a config with these settings.  Raises ConfigError for values that cannot be."""
@@ -77,7 +77,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """What a run goes on with, beside its steps and its messages; clean."""
+    """What the next segment needs beside steps and messages; it has passed the run's boundary."""
 
     requests: list[ApprovalRequest]
     """what the run waits for"""
@@ -95,7 +95,7 @@ class Pause:
     """of the state"""
     theory: str
     notes: list[LogEntry] | None
-    """the session log, None where the steps tell it"""
+    """the session log, None where it follows from the steps"""
     briefing: list[str]
     turn_prompt: str
     unclaimed: Usage

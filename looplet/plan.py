@@ -32,7 +32,7 @@ PARALLEL: Final = "parallel"
 class Call:
     """Run `thunk` under `context`, await what it returns if that is awaitable, send the value back.
 
-    token: of who waits; when it is cancelled, nobody waits any more (`CallCancelled`).
+    token: cancelling it ends the wait for the call (`CallCancelled`).
     """
 
     __slots__ = ("context", "lane", "thunk", "timeout_s", "token")

@@ -39,10 +39,10 @@ def preview_prompt(
         head.append(Message.of_text("system", boundary.text(settings.system_prompt)))
     if tools is not None:
         head.append(text_protocol(boundary.text(tools.tool_catalog_text())))
-    talk = getattr(state, "conversation", None)
-    if task is not None or talk is None:
-        talk = [Message.of_text("user", render_task(boundary.clean(dict(task or {}))))]
-    return render([*with_memory(head, _memory(settings, state, boundary)), *talk])
+    conversation = getattr(state, "conversation", None)
+    if task is not None or conversation is None:
+        conversation = [Message.of_text("user", render_task(boundary.clean(dict(task or {}))))]
+    return render([*with_memory(head, _memory(settings, state, boundary)), *conversation])
 
 
 def _memory(settings: LoopConfig, state: Any, boundary: Boundary) -> Message | None:

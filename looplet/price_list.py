@@ -1,9 +1,9 @@
 """List prices: what the providers charge, out of the tables of `genai-prices`.
 
-The package works a price out anew for each call, from the table's own units, which takes longer than all the rest of a
-bill.  So what a model costs is written on a `_Card` once; one that does not say what the package says is not used.
-The card is for the price of the moment (some have a date or a time of day) and for the table in use (the package can
-update it).
+The package is slow: it works each call out anew, from its tables.  So `_Rates` holds the prices of a model, per million
+tokens.  Before they are used they are compared with the package for some counts of tokens; where the two differ, the
+package is asked each time.  Rates hold for one entry of the tables, which may have a date or a time of day, and for as
+long as the package does not update its tables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PARTS: Final = {
     "cache_write_1h": "cache_write",
     "output_reasoning": "output",
 }
-"""what has a price of its own → what it is a part of, and costs like where it has none"""
+"""kind of token that may have a price of its own → the kind that it is a part of, whose price it has otherwise"""
 
 
 def cost_usd(
@@ -87,13 +87,13 @@ def _complain(words: str) -> None:
 
 
 class _Table:
-    """One state of the package's tables, and what was found in it."""
+    """The package's tables as they are until it updates them, and what was looked up in them."""
 
     _latest: _Table | None = None
 
     def __init__(self, snapshot: Any) -> None:
         self.snapshot = snapshot
-        self.known: dict[tuple[str, str, str], _Listed | None] = {}
+        self.known: dict[tuple[str, str, str], _ListedModel | None] = {}
 
     @classmethod
     def now(cls) -> _Table:
@@ -105,7 +105,7 @@ class _Table:
             table = cls._latest = cls(snapshot)
         return table
 
-    def find(self, model: str, provider: str, url: str) -> _Listed | None:
+    def find(self, model: str, provider: str, url: str) -> _ListedModel | None:
         """Return the model's entry, None when there is none."""
         name = (model, provider, url)
         if name not in self.known:
@@ -114,43 +114,43 @@ class _Table:
             except LookupError:
                 self.known[name] = None
             else:
-                self.known[name] = _Listed(*found)
+                self.known[name] = _ListedModel(*found)
         return self.known[name]
 
 
-class _Listed:
+class _ListedModel:
     """A model on the list of a provider."""
 
     def __init__(self, provider: Any, model: Any) -> None:
         self._provider = provider
         self._model = model
-        self._cards: list[tuple[Any, _Card | None]] = []
-        """the price, and its card, None where a card does not say enough"""
+        self._rates: list[tuple[Any, _Rates | None]] = []
+        """entry of the table → its rates, None where they are not what the package says"""
 
     def total(self, counts: Mapping[str, int]) -> Decimal:
         """Return what so many tokens cost now.  Raises ValueError for counts that do not add up."""
         moment = datetime.now(UTC)
-        card = self._card(self._model.get_prices(moment), moment)
-        return self._asked(counts, moment) if card is None else card.total(counts)
+        rates = self._rates_of(self._model.get_prices(moment), moment)
+        return self._by_package(counts, moment) if rates is None else rates.total(counts)
 
-    def _card(self, price: Any, moment: datetime) -> _Card | None:
-        """Return the price's card if it says what the package says, on both sides of each step of a price."""
-        for known, card in self._cards:
+    def _rates_of(self, price: Any, moment: datetime) -> _Rates | None:
+        """Return the rates of an entry, None unless they agree with the package on both sides of each tier's start."""
+        for known, rates in self._rates:
             if known is price:
-                return card
-        new = _Card(price)
+                return rates
+        new = _Rates(price)
         usable = new if self._agrees(new, moment) else None
-        self._cards.append((price, usable))
+        self._rates.append((price, usable))
         return usable
 
-    def _agrees(self, card: _Card, moment: datetime) -> bool:
+    def _agrees(self, rates: _Rates, moment: datetime) -> bool:
         try:
-            return all(card.total(counts) == self._asked(counts, moment) for counts in card.samples())
+            return all(rates.total(counts) == self._by_package(counts, moment) for counts in rates.samples())
         except ValueError:  # a price that the package itself finds no sense in
             return False
 
-    def _asked(self, counts: Mapping[str, int], moment: datetime) -> Decimal:
-        """Have the package work it out."""
+    def _by_package(self, counts: Mapping[str, int], moment: datetime) -> Decimal:
+        """Return the cost that the package works out."""
         from genai_prices import Usage as Tokens
 
         tokens = Tokens(**{f"{name}_tokens": count for name, count in counts.items() if count})
@@ -159,21 +159,21 @@ class _Listed:
         return total
 
 
-class _Card:
-    """What a model costs, at one time."""
+class _Rates:
+    """What a model costs, in USD per million tokens: one entry of the table."""
 
     def __init__(self, price: Any) -> None:
         found = {name: getattr(price, f"{name}_mtok", None) for name in _PARTS}
-        self._rates = {name: rate for name, rate in found.items() if rate is not None}
+        self._per_mtok = {name: rate for name, rate in found.items() if rate is not None}
 
     def total(self, counts: Mapping[str, int]) -> Decimal:
         """Return what so many tokens cost.  Raises ValueError when a part is more than the whole."""
         own = dict(counts)
-        for name in self._rates:
+        for name in self._per_mtok:
             if (whole := _PARTS[name]) is not None:
                 own[whole] -= counts[name]
         total = Decimal(0)
-        for name, rate in self._rates.items():
+        for name, rate in self._per_mtok.items():
             if own[name] < 0:
                 raise ValueError(f"more tokens are parts of {name} than there are in all")
             if own[name]:
@@ -181,8 +181,8 @@ class _Card:
         return total
 
     def samples(self) -> Iterator[dict[str, int]]:
-        """Yield counts in which everything is some of the input or output, and the input is around each step."""
-        steps = {tier.start for rate in self._rates.values() for tier in getattr(rate, "tiers", ())}
+        """Yield counts with some tokens of each kind, and an input just below and just above the start of each tier."""
+        steps = {tier.start for rate in self._per_mtok.values() for tier in getattr(rate, "tiers", ())}
         for size in sorted({0, 10_007, *steps, *(start + 1 for start in steps)}):
             yield {
                 "input": size,

@@ -5,19 +5,16 @@ A price that nobody knows is no cost, never 0.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from looplet import price_list
-from looplet.arguments import NUMBER, TEXT, Kind, check, optional, shown
+from looplet.arguments import NUMBER, TEXT, Kind, check_fields, optional, shown
 from looplet.errors import ConfigError
 from looplet.types import Usage
 
 _MTOK: Final = 1_000_000
-_RATE: Final = Kind(
-    "a number of USD from 0", lambda value: NUMBER.fits(value) and math.isfinite(value) and not value < 0
-)
+_RATE: Final = Kind("a number of USD from 0", lambda value: NUMBER.fits(value) and value >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +34,8 @@ class Price:
 
     def __post_init__(self) -> None:
         either = optional(_RATE)
-        told = {"input_per_mtok": _RATE, "output_per_mtok": _RATE}
-        check(self, {**told, "cached_input_per_mtok": either, "cache_write_per_mtok": either}, "Price: ")
+        rates = {"input_per_mtok": _RATE, "output_per_mtok": _RATE}
+        check_fields(self, {**rates, "cached_input_per_mtok": either, "cache_write_per_mtok": either}, "Price: ")
 
     def cost_usd(self, usage: Usage, model: str, cache_write_1h_tokens: int = 0) -> float | None:
         """Return what the tokens cost, whoever answered; None for counts that do not add up."""
@@ -66,7 +63,7 @@ class ListPrice:
     """the provider's name for it, where the proxy has one of its own; empty: by the name that the answer gives"""
 
     def __post_init__(self) -> None:
-        check(self, {"provider": TEXT, "model": TEXT}, "ListPrice: ")
+        check_fields(self, {"provider": TEXT, "model": TEXT}, "ListPrice: ")
         price_list.require(self.provider, self.model)
 
     def cost_usd(self, usage: Usage, model: str, cache_write_1h_tokens: int = 0) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from looplet.approval import WAITING, ApprovalRequest
-from looplet.approvals import GONE_ON
+from looplet.approval_state import ALREADY_RESUMED
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, TraceError
 from looplet.message_log import MessageLog
@@ -46,8 +46,8 @@ def waits_for(view: RunView) -> list[ApprovalRequest]:
     """
     if (end := _pause_of(view)) is None:
         return []
-    told = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
-    return as_type(end, semconv.PAUSE, told.get("requests"), list[ApprovalRequest])
+    record = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
+    return as_type(end, semconv.PAUSE, record.get("requests"), list[ApprovalRequest])
 
 
 def _not_waiting(reason: str | None) -> str:
@@ -109,17 +109,17 @@ def _pause_of(view: RunView) -> SpanNode | None:
 
 
 def _record_of(end: SpanNode) -> Pause:
-    told = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
-    if type(written := told.get("format", 1)) is int and written != FORMAT:
+    record = as_type(end, semconv.PAUSE, json_of(end, semconv.PAUSE), dict[str, Any])
+    if type(written := record.get("format", 1)) is int and written != FORMAT:
         age = "an older" if written < FORMAT else "a newer"
         raise end.problem(f"{age} looplet wrote this pause (format {written}, not {FORMAT}); resume with that looplet")
-    return as_type(end, semconv.PAUSE, told, Pause)
+    return as_type(end, semconv.PAUSE, record, Pause)
 
 
 def _check_record(view: RunView, end: SpanNode, record: Pause) -> None:
     """Refuse a record that does not say what a human was shown, or that the run has left behind."""
     if any(node.attributes.get(semconv.SEGMENT_NUMBER, 1) > record.segment for node in view.own):
-        raise ConfigError(f"{view.path}: {GONE_ON}")
+        raise ConfigError(f"{view.path}: {ALREADY_RESUMED}")
     if not all(0 < number <= MAX_NUMBER for number in (record.turn, record.segment)):
         raise end.problem(f"{semconv.PAUSE} has turn {record.turn} and segment {record.segment}; both count from 1")
     for request in record.requests:
@@ -152,5 +152,5 @@ def _call_ids(view: RunView) -> list[str]:
     """Return the ids of all calls that the file tells of."""
     said = [*view.message_log.values(), *(message for chat in view.agent_chats for message in view.answer(chat))]
     parts = (part for message in said for part in message.parts)
-    told = (str(part["id"]) for part in parts if part["type"] in ("tool_call", "tool_call_response"))
-    return list(dict.fromkeys((*told, *(step.tool_call.call_id for step in view.steps))))
+    in_messages = (str(part["id"]) for part in parts if part["type"] in ("tool_call", "tool_call_response"))
+    return list(dict.fromkeys((*in_messages, *(step.tool_call.call_id for step in view.steps))))

@@ -10,7 +10,7 @@ from typing import Any
 from opentelemetry.trace import Link
 
 from looplet.approval import WAITING
-from looplet.approvals import Approvals
+from looplet.approval_state import ApprovalState
 from looplet.backends.adapter import Model
 from looplet.boundary import Boundary
 from looplet.budgets import Guard
@@ -57,8 +57,6 @@ class RunScope:
     tools: BaseToolRegistry
     hooks: HookSet
     config: LoopConfig
-    ending_tools: frozenset[str]
-    """names of the tools that end the run"""
     boundary: Boundary
     trace: RunTrace
     state: Any
@@ -82,6 +80,8 @@ class RunScope:
     """replies in a row that held no tool call"""
     recorded_task: dict[str, Any] = field(default_factory=dict)
     """the task as the trace tells it; `{}` while a hook that may rewrite it has not seen it"""
+    ending_tools: frozenset[str] = field(init=False)
+    """names of the tools that end the run"""
     asks_rewriters: bool = field(init=False)
     """a hook may rewrite what is sent, and so what may be recorded"""
     rewrites: bool = False
@@ -94,7 +94,7 @@ class RunScope:
     """from 1; a run that paused goes on with the next"""
     spent_limit: str | None = None
     """the budget that ended the run"""
-    approvals: Approvals = field(default_factory=Approvals)
+    approvals: ApprovalState = field(default_factory=ApprovalState)
     compact_service: Any = None
     """makes the conversation shorter; a hook may put another into `state.compact_service`"""
     output_type: Any = None
@@ -106,6 +106,7 @@ class RunScope:
     stream: Stream = field(default_factory=Stream)
 
     def __post_init__(self) -> None:
+        self.ending_tools = self.config.ending_tools
         hooks = self.hooks.of("pre_prompt")
         self.asks_rewriters = self.context is None and any(hook.rewrites is not False for hook in hooks)
 

@@ -16,7 +16,7 @@ from typing import Any
 from opentelemetry.trace import Link, SpanContext, TraceFlags, TraceState
 
 from looplet.approval import ApprovalRequest, Verdict, Verdicts, verdicts_of
-from looplet.approvals import GONE_ON, Once
+from looplet.approval_state import ALREADY_RESUMED, Once
 from looplet.call_ids import CallIds
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError
@@ -32,7 +32,7 @@ from looplet.types import Step, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """What a paused run goes on with."""
+    """A paused run, with all that its next segment needs."""
 
     run_id: str
     trace_id: int
@@ -76,7 +76,7 @@ class Paused:
 
     def _claim_file(self) -> None:
         if self.path is not None and self.path.exists() and not claim(self.path, f"{self.last_span_id:016x}"):
-            raise ConfigError(f"{self.path}: {GONE_ON}")
+            raise ConfigError(f"{self.path}: {ALREADY_RESUMED}")
 
     def _span(self, span_id: int) -> SpanContext:
         state = TraceState.from_header([self.record.trace_state]) if self.record.trace_state else None
@@ -108,7 +108,7 @@ def record_of(run: RunScope) -> Pause:
         unclaimed=run.ledger.unclaimed,
         spent=recorder.ledger.written(),
         elapsed_s=run.guard.elapsed_s,
-        hooks=[(name, clean(told)) for name, told in run.hooks.state_dicts()],
+        hooks=[(name, clean(memory)) for name, memory in run.hooks.state_dicts()],
         settings=Settings.of(run.config, run.boundary.text(run.config.system_prompt)),
         redacted=bool(run.boundary.redactors),
         redacted_late=recorder.late is not None,
@@ -118,19 +118,19 @@ def record_of(run: RunScope) -> Pause:
 
 
 def _notes(run: RunScope) -> list[LogEntry] | None:
-    if run.session_log.entries == told_by(run.state.steps):
+    if run.session_log.entries == entries_of(run.state.steps):
         return None
     clean = run.boundary.clean
     return [LogEntry.from_dict({**clean(e.to_dict()), "step": e.step}) for e in run.session_log.entries]
 
 
-def told_by(steps: Iterable[Step]) -> list[LogEntry]:
-    """Return the session log as the steps alone tell it."""
+def entries_of(steps: Iterable[Step]) -> list[LogEntry]:
+    """Return the session log that the loop alone writes: a line for each step."""
     return [entry_of(step) for step in steps if not step.tool_call.tool.startswith("__")]
 
 
 def paused_run(run: RunScope) -> Paused | None:
-    """Return what a live run goes on with, None unless it waits."""
+    """Return a live run as one that is paused, None unless it waits."""
     if run.approvals.pause is None:
         return None
     root = run.trace.root
@@ -179,14 +179,14 @@ def prepare(paused: Paused, verdict: Verdicts | None) -> tuple[list[ToolCall], d
             call = ToolCall(request.tool, dict(request.args), call_id=_new_id(request.call_id, known))
             verdicts[call.call_id] = replace(verdicts.pop(request.call_id), call_id=call.call_id)
             again.append(call)
-    said = [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in again]
-    return [*again, *held], verdicts, [Message("assistant", tuple(said))] if said else []
+    parts = [{"type": "tool_call", "id": c.call_id, "name": c.tool, "arguments": c.args} for c in again]
+    return [*again, *held], verdicts, [Message("assistant", tuple(parts))] if parts else []
 
 
 def go_on(run: RunScope, paused: Paused, verdict: Verdicts | None) -> None:
     """Put a new run into the place where the paused one stopped.  Raises ConfigError for what does not fit it."""
     if paused.once.is_taken:
-        raise ConfigError(GONE_ON)
+        raise ConfigError(ALREADY_RESUMED)
     record, recorder = paused.record, run.trace.recorder
     _check_redaction(run, paused)
     require_guards(record.guards, record.limits, run.hooks.guards(), run.guard.limited)
@@ -251,7 +251,7 @@ def _restore_state(run: RunScope, paused: Paused) -> None:
 
 def _restore_session_log(log: SessionLog, paused: Paused) -> None:
     notes = paused.record.notes
-    log.restore(told_by(paused.steps) if notes is None else notes, paused.record.theory)
+    log.restore(entries_of(paused.steps) if notes is None else notes, paused.record.theory)
 
 
 def _new_id(call_id: str, known: set[str]) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, Final, TypeAlias
 
-from looplet.arguments import optional, require, template, whole
+from looplet.arguments import int_from, optional, require, template
 from looplet.decisions import HookDecision, InjectContext, Stop
 from looplet.messages import encode, sha256
 from looplet.per_run import PerRun
@@ -56,8 +56,8 @@ class StagnationHook:
         ignore_tools: Collection[str] | None = None,
         stop_after: int | None = None,
     ) -> None:
-        require("threshold", threshold, whole(2))  # one call repeats nothing
-        require("stop_after", stop_after, optional(whole(0)))
+        require("threshold", threshold, int_from(2))  # one call repeats nothing
+        require("stop_after", stop_after, optional(int_from(0)))
         require("nudge", nudge, template(count=1))
         self._fingerprint = fingerprint
         self._threshold = threshold

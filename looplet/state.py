@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from looplet.frozen import quickly_made
 from looplet.types import Step, Usage
 
 
@@ -59,7 +58,6 @@ class DefaultState:
         }
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class LogEntry:
     """One line of a session log."""
@@ -75,8 +73,8 @@ class LogEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON-like dict; `from_dict` is the inverse."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value if isinstance(value, (str, int)) else list(value) for name, value in told.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value if isinstance(value, (str, int)) else list(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LogEntry:

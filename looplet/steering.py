@@ -52,8 +52,8 @@ def consult_raw(
     except Exception as error:  # noqa: BLE001 - hooks are foreign code; _failed decides what it means
         decision = _failed(run, phase, bound, error, perf_counter() - began)
     else:
-        if said := ["ask"] if decision.is_ask() else decision.said():
-            _record(run, phase, bound, said, decision.reason, perf_counter() - began)
+        if effects := ["ask"] if decision.is_ask() else decision.effects():
+            _record(run, phase, bound, effects, decision.reason, perf_counter() - began)
             yield from _announce_decision(run, phase, bound, decision)
     if decision.additional_context:
         run.outgoing.briefing.append(decision.additional_context)
@@ -157,8 +157,8 @@ def _failed(run: RunScope, phase: Phase, bound: BoundMethod, error: Exception, t
     if run.gate_failures[key] >= run.config.gate_failures:
         raise error
     phase.fail_with(error)
-    told = None if run.boundary.redactors else error  # a log is no place for what must not be seen
-    logger.error("looplet: the gate %s.%s failed, which refuses", bound.hook, bound.method, exc_info=told)
+    logged = None if run.boundary.redactors else error  # a log is no place for what must not be seen
+    logger.error("looplet: the gate %s.%s failed, which refuses", bound.hook, bound.method, exc_info=logged)
     if bound.method == "check_done":
         return HookDecision(block=f"the gate {bound.hook} failed ({words}); the final answer was not accepted")
     return HookDecision(permission="deny", block=f"the gate {bound.hook} failed ({words})")
@@ -168,7 +168,7 @@ def _record(
     run: RunScope,
     phase: Phase,
     bound: BoundMethod,
-    said: list[str],
+    effects: list[str],
     reason: str,
     took_s: float,
     *,
@@ -177,7 +177,7 @@ def _record(
     attributes: dict[str, Any] = {
         semconv.HOOK_NAME: bound.hook,
         semconv.HOOK_METHOD: bound.method,
-        semconv.HOOK_DECISION: "+".join(said),
+        semconv.HOOK_DECISION: "+".join(effects),
         semconv.HOOK_DURATION: took_s,
     }
     if reason and not run.trace.withhold_results:

@@ -118,20 +118,21 @@ def agent_tool(
     name: str,
     description: str,
     max_steps: int | None = None,
+    hooks: Sequence[Any] | None = None,
     system_prompt: str = "",
     config: LoopConfig | None = None,
     **settings: Any,
 ) -> ToolSpec:
     """Return a tool that hands a task, in words, to an agent of its own, and returns its answer.
 
-    The agent has the tool's name, unless its `config` gives it another.  The tool fails when the agent does not finish.
-    `settings` are those of `ToolSpec` (`timeout_s`,
-    `concurrent_safe`, ...).  With an async backend the tool is `async def`.
+    The agent has the tool's name, unless its `config` gives it another.  The hooks of the run above do not see what it
+    does: `hooks` are its own.  The tool fails when the agent does not finish.  `settings` are those of `ToolSpec`
+    (`timeout_s`, `concurrent_safe`, ...).  With an async backend the tool is `async def`.
     """
     max_steps, config = _steps(max_steps, config, None), config or LoopConfig()
     if config.agent_name == LoopConfig().agent_name:
         config = replace(config, agent_name=name)
-    given: dict[str, Any] = {"max_steps": max_steps, "system_prompt": system_prompt, "config": config}
+    given: dict[str, Any] = {"max_steps": max_steps, "hooks": hooks, "system_prompt": system_prompt, "config": config}
 
     def ask(task: str) -> Any:
         return _answer_of(name, run_sub_loop(llm, {"task": task}, tools, **given))

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any, Final, Self, overload
 
 from looplet import arguments
-from looplet.arguments import check, optional, shown, strict_names
+from looplet.arguments import check_fields, optional, shown, strict_names
 from looplet.boundary import is_json
 from looplet.errors import ConfigError, ErrorKind, ToolError, did_you_mean
 from looplet.messages import encode
 from looplet.schema import Parameters, declared_parameters, function_parameters
-from looplet.toolcontext import ToolContext as ToolContext  # noqa: PLC0414 - its public home is here
+from looplet.tool_context import ToolContext as ToolContext  # noqa: PLC0414 - its public home is here
 from looplet.toolerrors import to_tool_error
 from looplet.types import ToolCall, ToolResult, summarize_args
 
@@ -34,7 +34,7 @@ _KINDS: Final = {
     "requires": arguments.NAMES,
     "tags": arguments.NAMES,
     "aliases": arguments.DICT,
-    "retries": arguments.whole(0),
+    "retries": arguments.int_from(0),
     "idempotent": arguments.FLAG,
 }
 
@@ -58,7 +58,7 @@ class ToolSpec:
     free: bool = False
     """costs no step of the budget"""
     timeout_s: float | None = None
-    """seconds after which a call is abandoned, and told so by `ctx.cancel_token`"""
+    """seconds; after them a call is abandoned and its `ctx.cancel_token` cancelled"""
     requires: Sequence[str] = ()
     """names of registry resources that `ctx.resources` must hold"""
     tags: Sequence[str] = ()
@@ -78,7 +78,7 @@ class ToolSpec:
             raise ConfigError(
                 f"tool name {self.name!r}: use 1 to 64 ASCII letters, digits, '_' or '-', @tool(name=...)"
             )
-        check(self, _KINDS, f"tool {self.name!r}: ")
+        check_fields(self, _KINDS, f"tool {self.name!r}: ")
         inferred = function_parameters(self.execute)
         put = partial(object.__setattr__, self)
         put("_signature", _parameters_of(self.parameters, inferred))

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from looplet.errors import ErrorKind, ToolError
-from looplet.frozen import quickly_made
 from looplet.parts import describe, with_markers
 
 JSON: TypeAlias = "dict[str, Any] | list[Any] | str | int | float | bool | None"
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and money of model calls; cached and reasoning tokens are part of input and output."""
@@ -56,7 +54,6 @@ class Usage:
 NO_USAGE = Usage()
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A request by the model to run one tool."""
@@ -79,7 +76,6 @@ class ToolCall:
         }
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What one tool call came to: `data` on success, `error` and `error_detail` otherwise."""
@@ -133,7 +129,6 @@ class ToolResult:
         return cls(**fields, warnings=warnings, error_detail=ToolError.from_dict(detail) if detail else None)
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One model response, whatever the provider."""
@@ -169,7 +164,6 @@ class Delta:
     """the tool's name, as `call_id`"""
 
 
-@quickly_made
 @dataclass(frozen=True, slots=True)
 class Step:
     """One tool call as the caller receives it, after the tool ran; a turn yields one or more."""

@@ -1,13 +1,16 @@
 """What holds for the whole session."""
 
 import gc
+import os
 import signal
+from pathlib import Path
 
 
 def pytest_configure():
-    """Take Ctrl-C as Python does everywhere else: a shell that starts things in the background has it ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does for what it starts in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("SSL_CERT_FILE", None)  # no test speaks TLS, and every HTTP client would read all certificates
+    os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 
 
 def pytest_collection_finish():

@@ -19,6 +19,7 @@ from looplet import (
     BackendError,
     ConfigError,
     Deny,
+    HookDecision,
     LoopConfig,
     PermissionEngine,
     PermissionHook,
@@ -292,6 +293,22 @@ def test_help_of_show_teaches_by_example():
     for words in ("looplet show traces/run_1 ", "--full", "--json", "✗ one that failed or was refused"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_show_full_tells_the_message_that_a_pause_kept(tmp_path):
+    class Ask:
+        def check_permission(self, call, state):
+            return HookDecision(permission="ask", block="Really?") if call.tool == "add" else None
+
+    def hooks():
+        return [Ask(), ApprovalHook(), ProvenanceSink(tmp_path)]
+
+    list(composable_loop(ScriptedBackend([ADD]), {"goal": "g"}, make_tools(), hooks=hooks()))
+    resumed = {"resume": tmp_path, "verdict": "approve"}
+    list(composable_loop(ScriptedBackend([DONE]), tools=make_tools(), hooks=hooks(), **resumed))
+    text = "\n".join(lines_of(invoke("show", tmp_path, "--full")))
+    places = [text.index(f"═══ {number} ") for number in ("0 user", "1 assistant calls add", "2 tool")]
+    assert places == sorted(places)
 
 
 def test_show_full_adds_spans_and_what_was_sent(tmp_path):

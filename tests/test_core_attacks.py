@@ -75,8 +75,9 @@ class Place:
         return (async_composable_loop if is_async else composable_loop)(backend, {"goal": "g"}, registry, **settings)
 
     def is_complete(self) -> bool:
-        """Tell whether every span that was started is in the file."""
-        return {record.span_id for record in read_file(self.folder / "trace.jsonl").spans} == set(self.provider.ends)
+        """Tell whether every span that was started is in the file, and has ended for the provider, too."""
+        written = {record.span_id for record in read_file(self.folder / "trace.jsonl").spans}
+        return written == set(self.provider.ends) and set(self.provider.ends.values()) == {1}
 
     def whole(self, reason: str, runs: int = 1) -> Trace:
         assert trace_api.get_current_span() is trace_api.INVALID_SPAN
@@ -308,11 +309,13 @@ def asking(stuck: Stuck, how: str) -> dict[str, Any]:
 
 
 def nesting(stuck: Stuck) -> dict[str, Any]:
-    """Return a run with sub-agents in parallel tools, whose tools are stuck."""
+    """Return a run with sub-agents in parallel tools, whose tools are stuck: both are, before anybody is told."""
+    together = threading.Barrier(2)
 
     @tool(name="stuck")
     def work() -> str:
         """Get stuck."""
+        together.wait(PATIENCE_S)
         return stuck.block()
 
     @tool(name="delegate", concurrent_safe=True)

@@ -24,6 +24,7 @@ from looplet import (
     tool,
     tools_from,
 )
+from looplet.hooks import ARGUMENTS, METHODS
 from looplet.telemetry import drops
 from looplet.testing import AsyncScriptedBackend, ScriptedBackend
 from looplet.toolerrors import to_tool_error
@@ -86,6 +87,26 @@ class Parent:
 class Child(Parent):
     def pre_prompt(self, state, log, context, step):
         return None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_cannot_be_called_is_refused_before_the_run(method):
+    registry = tools_from([], include_done=True)
+
+    def too_few(self):
+        """Take nothing."""
+
+    def too_many(self, a, b, c, d, e, f):
+        """Take six."""
+
+    def anything(self, *args):
+        """Take what comes."""
+
+    for function in (too_few, too_many):
+        words = rf"Odd\.{method} cannot be called as {method}\({ARGUMENTS[method]}\)"
+        with pytest.raises(ConfigError, match=words):
+            composable_loop(ScriptedBackend([DONE]), {}, registry, hooks=[type("Odd", (), {method: function})()])
+    composable_loop(ScriptedBackend([DONE]), {}, registry, hooks=[type("Fit", (), {method: anything})()])
 
 
 def test_a_misspelt_method_is_found_where_it_is_inherited_and_in_a_module():

@@ -27,6 +27,7 @@ from looplet import (
     ToolCall,
     ToolContext,
     async_composable_loop,
+    composable_loop,
     tool,
     tools_from,
 )
@@ -328,6 +329,18 @@ def test_an_answer_that_is_none_of_the_protocol_is_an_error():
         assert adapter.connected
 
 
+def test_a_message_at_which_the_sdk_itself_fails_ends_the_session_and_the_next_call_begins_another(capfd):
+    def make(*, is_async):
+        script = [("call", {"wait": True}), ("call", {}), DONE]
+        return {"llm": ScriptedBackend(script), "tools": registry_of(adapter), "task": {"goal": "count"}}
+
+    with MCPToolAdapter(rude("endless-number")) as adapter:
+        outcome = both(make)
+    assert "'rude' was lost during the call" in outcome.steps[0].tool_result.error
+    assert outcome.steps[1].tool_result.data == "{}"
+    assert capfd.readouterr().err == ""
+
+
 def test_what_a_server_prints_on_stdout_does_not_end_the_session():
     with MCPToolAdapter(rude("chatty")) as adapter:
         assert call(adapter, "call").data == "{}"
@@ -541,6 +554,32 @@ def test_a_token_that_is_cancelled_cancels_the_call_at_the_server_and_the_sessio
         for adapter, note in zip((one, other), notes, strict=True):
             wait_until(lambda note=note: "cancelled" in note.read_text())
             assert call(adapter, "call").data == "{}"
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_token_that_is_cancelled_ends_the_reading_of_a_resource(is_async, tmp_path):
+    note, token = tmp_path / "notes", CancelToken()
+
+    def cancel():
+        wait_until(lambda: "called" in note.read_text())
+        token.cancel("enough")
+
+    with MCPToolAdapter(rude("slow", note), resources=True) as adapter:
+        script = [("read_resource", {"uri": "mem://notes"}), DONE]
+        given = {"tools": registry_of(adapter), "task": {"goal": "read"}, "config": LoopConfig(cancel_token=token)}
+        threading.Thread(target=cancel).start()
+        if is_async:
+            run = async_composable_loop(ScriptedBackend(script), **given)
+            asyncio.run(_exhaust(run))
+        else:
+            run = composable_loop(ScriptedBackend(script), **given)
+            list(run)
+        assert [step.tool_result.error_kind for step in run.state.steps] == [ErrorKind.CANCELLED]
+        wait_until(lambda: "cancelled" in note.read_text())
+
+
+async def _exhaust(run):
+    return [step async for step in run]
 
 
 def test_ctrl_c_cancels_the_call_at_the_server(tmp_path):

@@ -29,7 +29,7 @@ from looplet import (
 )
 from looplet.backends.router import BackendRouter
 from looplet.budgets import Budget
-from looplet.decisions import Stop
+from looplet.decisions import Deny, Stop
 from looplet.events import LifecycleEvent
 from looplet.subagents import agent_tool, async_run_sub_loop, run_sub_loop
 from looplet.telemetry import semconv
@@ -409,6 +409,21 @@ def test_an_agent_is_a_tool():
     inner = outcome.trace.runs[1] if outcome.trace.runs[0].root is outcome.trace.roots[0] else outcome.trace.runs[0]
     assert inner.task == {"task": "one and two"}
     assert inner.root.attributes[semconv.AGENT_NAME] == "ask_ann"
+
+
+def test_an_agent_as_a_tool_has_hooks_of_its_own():
+    class Gate:
+        def pre_dispatch(self, state, log, tool_call, step):
+            return Deny("no sums") if tool_call.tool == "add" else None
+
+    def make(*, is_async: bool) -> dict[str, Any]:
+        inner = scripted(is_async, ADD, FOUND)
+        spec = agent_tool(inner, tools_from([add]), name="ask_ann", description="Ask Ann.", hooks=[Gate()])
+        llm = scripted(is_async, ("ask_ann", {"task": "one and two"}), DONE)
+        return {"llm": llm, "task": {}, "tools": tools_from([spec], include_done=True)}
+
+    sub_run = next(run for run in both(make).trace.runs if run.root.attributes[semconv.AGENT_NAME] == "ask_ann")
+    assert sub_run.steps[0].tool_result.error == "Permission denied for tool 'add': no sums"
 
 
 def test_an_agent_as_a_tool_keeps_a_name_of_its_own(tmp_path):

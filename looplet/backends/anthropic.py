@@ -69,8 +69,8 @@ class _AnthropicBackend(ClientBackend):
     def _request(self, messages: Sequence[Message], **asked: Any) -> Wire:
         return request_of(messages, model=self.model, thinking=self.thinking, cache=self.cache, **asked)
 
-    def _create(self, client: Any, is_told: bool) -> Callable[..., Any]:
-        create = (_untraced(client) if is_told else client).messages.create
+    def _create(self, client: Any, is_recorded: bool) -> Callable[..., Any]:
+        create = (_untraced(client) if is_recorded else client).messages.create
         return lambda **request: create(**_for_any_version(request))
 
     def _reply(self, answer: Any) -> Reply:

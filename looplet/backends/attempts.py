@@ -57,11 +57,11 @@ def attempts(
             if delay is None:
                 _say_why(error, retry, attempt, elapsed)
                 raise
-            told = {"attempt": attempt, "error": error, "error_type": kind_of(error), "delay_s": delay, "usage": usage}
+            facts = {"attempt": attempt, "error": error, "error_type": kind_of(error), "delay_s": delay, "usage": usage}
         else:
             _settle(places, getattr(value, "usage", None), failed=False)
             return value
-        notify(RETRY, told)
+        notify(RETRY, facts)
         yield from wait(delay)
 
 

@@ -104,8 +104,8 @@ class ClientBackend:
         with self._lock:
             if timeout_s not in self._once:
                 once = self._once[timeout_s] = copy(self)
-                told = {"max_retries": 0} | ({} if timeout_s is None else {"timeout": timeout_s})
-                once._once, once._options = {}, told  # noqa: SLF001 - its own class
+                options = {"max_retries": 0} | ({} if timeout_s is None else {"timeout": timeout_s})
+                once._once, once._options = {}, options  # noqa: SLF001 - its own class
             return self._once[timeout_s]
 
     # --- what a provider's class says -------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ class ClientBackend:
         """Return the keyword arguments of the call; `asked`: those of `chat`, and the rest of them as `extra`."""
         raise NotImplementedError
 
-    def _create(self, client: Any, is_told: bool) -> Callable[..., Any]:
-        """Return the client's function that asks; `is_told`: looplet tells this call, the client should not."""
+    def _create(self, client: Any, is_recorded: bool) -> Callable[..., Any]:
+        """Return the client's function that asks; `is_recorded`: looplet records this call, the client should not."""
         raise NotImplementedError
 
     def _reply(self, answer: Any) -> Reply:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
 from looplet.backends.client_backend import ClientBackend
-from looplet.backends.instrumented import told_once
+from looplet.backends.instrumented import recorded_once
 from looplet.backends.streams import Assembly
 from looplet.backends.wire import Wire
 from looplet.messages import Message
@@ -75,14 +75,14 @@ class SyncClientBackend(ClientBackend):
         """Return the client's answer, or its stream of events, which has begun."""
         while True:
             try:
-                with told_once() as is_told:
-                    return self._create(self._ready(self.client), is_told)(**request)
+                with recorded_once() as is_recorded:
+                    return self._create(self._ready(self.client), is_recorded)(**request)
             except Exception as error:  # noqa: BLE001 - a client lets more out than its own errors
                 request = self._instead(request, error)
 
     def _next(self, items: Iterator[Any], assembly: Assembly) -> Any:
         try:
-            with told_once():  # never beyond one event: what the caller does in between is his own
+            with recorded_once():  # never beyond one event: what the caller does in between is his own
                 return next(items, _END)
         except Exception as error:
             raise self._cut(assembly, error) from error
@@ -154,14 +154,14 @@ class AsyncClientBackend(ClientBackend):
         """Return the client's answer, or its stream of events, which has begun."""
         while True:
             try:
-                with told_once() as is_told:
-                    return await self._create(self._ready(self._client_here()), is_told)(**request)
+                with recorded_once() as is_recorded:
+                    return await self._create(self._ready(self._client_here()), is_recorded)(**request)
             except Exception as error:  # noqa: BLE001 - a client lets more out than its own errors
                 request = self._instead(request, error)
 
     async def _next(self, items: AsyncIterator[Any], assembly: Assembly) -> Any:
         try:
-            with told_once():  # never beyond one event: what the caller does in between is his own
+            with recorded_once():  # never beyond one event: what the caller does in between is his own
                 return await anext(items, _END)
         except Exception as error:
             raise self._cut(assembly, error) from error

@@ -91,7 +91,7 @@ def to_backend_error(error: Exception, *, package: str, model: str, base_url: st
         words = f"{base_url} sent an answer that cannot be unpacked ({_cause(error)}); try again"
         return BackendError(words, kind="bad_response", retryable=True)
     if isinstance(error, sdk.APIConnectionError):
-        words = f"cannot reach {base_url}: {_cause(error)}; check base_url= ({env}_BASE_URL) and the network"
+        words = f"cannot reach {base_url}; check {env}_BASE_URL (or base_url=) and the network: {_cause(error)}"
         return BackendError(words, kind="network", retryable=True)
     if isinstance(error, sdk.APIStatusError):
         return _of_status(error, env, model, base_url)

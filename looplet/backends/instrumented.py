@@ -25,7 +25,7 @@ _UTIL_GENAI: Final = "opentelemetry.util.genai.invocation"
 
 
 @contextmanager
-def told_once() -> Iterator[bool]:
+def recorded_once() -> Iterator[bool]:
     """Suppress instrumentation while looplet's own `chat` span is the current one; yield whether it is."""
     span = trace.get_current_span()
     if not (isinstance(span, RecordedSpan) and span.name.split(" ", 1)[0] == semconv.CHAT):
@@ -45,7 +45,7 @@ def _suppressed(context: Context) -> Context:
 
 
 def _util_genai(context: Context) -> Context:
-    """Say that an inference is being told already, if the package that asks for it is in use."""
+    """Tell `opentelemetry-util-genai`, if it is in use, that this model call is being recorded already."""
     module = sys.modules.get(_UTIL_GENAI)
     key, data = getattr(module, "CLIENT_INFERENCE_CONTEXT_KEY", None), getattr(module, "InferenceData", None)
     return otel_context.set_value(key, data(), context) if key and data else context

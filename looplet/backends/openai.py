@@ -77,7 +77,7 @@ class _OpenAIBackend(ClientBackend):
     def _request(self, messages: Sequence[Message], **asked: Any) -> Wire:
         return request_of(messages, model=self.model, tool_choice=self.tool_choice, **asked)
 
-    def _create(self, client: Any, is_told: bool) -> Callable[..., Any]:
+    def _create(self, client: Any, is_recorded: bool) -> Callable[..., Any]:
         create: Callable[..., Any] = client.chat.completions.create
         if not _is_the_packages(create):
             return create

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from looplet.arguments import require, strict_names, whole
+from looplet.arguments import int_from, require, strict_names
 from looplet.backends.candidates import LONGEST_WAIT_S, Candidate, candidates, require_alike
 from looplet.backends.direct import Wrapper
 from looplet.errors import BackendError, ConfigError
@@ -40,7 +40,7 @@ class Backoff:
     """from 0 to 1"""
 
     def __post_init__(self) -> None:
-        require("retries", self.retries, whole(0))
+        require("retries", self.retries, int_from(0))
         for name in ("timeout_s", "deadline_s"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):

@@ -52,9 +52,9 @@ class CompletionAssembly:
 
     def add(self, event: Any) -> Iterator[Delta]:
         """Take a chunk; the last one may hold the usage and no choice."""
-        for name, told in self._head.items():
-            if name == "usage" or not told:
-                self._head[name] = field_of(event, name) or told
+        for name, value in self._head.items():
+            if name == "usage" or not value:
+                self._head[name] = field_of(event, name) or value
         for choice in field_of(event, "choices") or ():
             if not field_of(choice, "index"):  # of several answers, the first counts
                 self._finish_reason = field_of(choice, "finish_reason") or self._finish_reason
@@ -140,31 +140,31 @@ class MessageAssembly:
             yield from self._more(number, field_of(event, "delta"))
         elif kind == "message_delta":
             self._count(field_of(event, "usage"))
-            told = {name: field_of(field_of(event, "delta"), name) for name in self._stop}
-            self._stop |= {name: value for name, value in told.items() if value is not None}
+            found = {name: field_of(field_of(event, "delta"), name) for name in self._stop}
+            self._stop |= {name: value for name, value in found.items() if value is not None}
         elif kind == "message_stop":
             self.is_whole = True
 
     def _count(self, usage: Any) -> None:
         """Take counts over: later ones are totals, and may leave some out."""
-        told = {name: field_of(usage, name) for name in _COUNTS}
-        self._usage |= {name: value for name, value in told.items() if value is not None}
+        found = {name: field_of(usage, name) for name in _COUNTS}
+        self._usage |= {name: value for name, value in found.items() if value is not None}
 
     def _begin(self, number: Any, block: Any) -> Iterator[Delta]:
         kind = text_of(field_of(block, "type"))
-        told = {name: field_of(block, name) for name in _FIELDS}
-        self._blocks[number] = {"type": kind, **{name: value for name, value in told.items() if value is not None}}
+        found = {name: field_of(block, name) for name in _FIELDS}
+        self._blocks[number] = {"type": kind, **{name: value for name, value in found.items() if value is not None}}
         if kind == "tool_use":
             self._inputs[number] = ""
-            given = json.dumps(told["input"]) if told["input"] else ""
+            given = json.dumps(found["input"]) if found["input"] else ""
             place = len(self._inputs) - 1
-            yield Delta("tool_call", given, place, text_of(told["id"]), text_of(told["name"]))
+            yield Delta("tool_call", given, place, text_of(found["id"]), text_of(found["name"]))
         elif kind == "text":
-            text = ("\n" if self._spoke and self._last != "text" else "") + text_of(told["text"])
+            text = ("\n" if self._spoke and self._last != "text" else "") + text_of(found["text"])
             self._spoke = True
             if text:
                 yield Delta("text", text)
-        elif kind == "thinking" and (thought := text_of(told["thinking"])):
+        elif kind == "thinking" and (thought := text_of(found["thinking"])):
             yield from self._think(thought, is_first=True)
         if kind in ("text", "thinking", "redacted_thinking", "tool_use"):
             self._last = kind

@@ -89,9 +89,9 @@ def arguments_of(given: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"_raw_arguments": given if isinstance(given, str) else str(given)}
 
 
-def finish_reason(told: str | None, has_calls: bool) -> str:
+def finish_reason(reported: str | None, has_calls: bool) -> str:
     """Return the conventions' word, or a likely one when the provider's is none that we know."""
-    return told or ("tool_call" if has_calls else "stop")
+    return reported or ("tool_call" if has_calls else "stop")
 
 
 def bad_response(answer: Any, missing: str, hint: str, usage: Usage | None) -> BackendError:

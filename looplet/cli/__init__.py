@@ -53,7 +53,7 @@ class Interrupted(Failure):
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
+def reported_failures() -> Iterator[None]:
     """Turn looplet's errors and Ctrl-C into a `Failure`, and let no stream refuse a character that it cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -73,7 +73,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with failures_told():
+        with reported_failures():
             return super().invoke(ctx)
 
 
@@ -108,7 +108,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        with failures_told():
+        with reported_failures():
             return super().invoke(ctx)
 
 

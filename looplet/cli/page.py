@@ -109,22 +109,22 @@ def _tokens(run: RunView) -> str:
     silent, calls = unreported(run), len(run.chats)
     if calls and silent == calls:
         return "not reported"
-    told = f"{run.usage.input_tokens} in, {run.usage.output_tokens} out"
-    told += f" ({silent} of {calls} calls reported none)" if silent else ""
+    words = f"{run.usage.input_tokens} in, {run.usage.output_tokens} out"
+    words += f" ({silent} of {calls} calls reported none)" if silent else ""
     totals = [run.last.attributes.get(name, 0) for name in (semconv.TOTAL_INPUT_TOKENS, semconv.TOTAL_OUTPUT_TOKENS)]
     if all(isinstance(n, int) for n in totals) and totals > [run.usage.input_tokens, run.usage.output_tokens]:
-        told += f"; with sub-runs {totals[0]} in, {totals[1]} out"
-    return told
+        words += f"; with sub-runs {totals[0]} in, {totals[1]} out"
+    return words
 
 
 def _cost(run: RunView) -> str:
     cost, unknown, calls = run.usage.cost_usd, unpriced(run), len(run.chats)
-    told = "unknown" if cost is None else f"{cost:.6f} USD"
-    told += f" ({unknown} of {calls} calls have no price)" if cost is not None and unknown else ""
+    words = "unknown" if cost is None else f"{cost:.6f} USD"
+    words += f" ({unknown} of {calls} calls have no price)" if cost is not None and unknown else ""
     total = run.last.attributes.get(semconv.TOTAL_COST_USD)
     if isinstance(total, (int, float)) and total > (cost or 0):
-        told += f"; with sub-runs {total:.6f} USD"
-    return told
+        words += f"; with sub-runs {total:.6f} USD"
+    return words
 
 
 def task_lines(run: RunView, width: int) -> Iterator[Line]:
@@ -138,10 +138,12 @@ def task_lines(run: RunView, width: int) -> Iterator[Line]:
 
 
 def table(rows: Sequence[Row], width: int) -> Iterator[Line]:
-    """Yield the steps by turn, with what hooks and replies added to them; errors are told whole."""
+    """Yield the steps by turn, with what hooks and replies added to them; errors in full."""
     steps = [row.step for row in rows if row.step is not None]
-    room, rest = _columns([len(_call(step)) for step in steps], [len(_tail(step)) for step in steps], width)
-    yield Line(f"{'turn':>4}  {'step':>5}   {'call':<{room}}  {'result':<{rest}}  {'took':>8}", "dim")
+    call_width, result_width = _columns(
+        [len(_call(step)) for step in steps], [len(_tail(step)) for step in steps], width
+    )
+    yield Line(f"{'turn':>4}  {'step':>5}   {'call':<{call_width}}  {'result':<{result_width}}  {'took':>8}", "dim")
     before = None
     for row in rows:
         turn = "" if row.turn == before or not row.turn else str(row.turn)
@@ -149,27 +151,28 @@ def table(rows: Sequence[Row], width: int) -> Iterator[Line]:
         if row.step is None:
             yield from _note(row, turn, width)
             continue
-        yield from _step(row.step, turn, room, rest)
+        yield from _step(row.step, turn, call_width, result_width)
 
 
-def _step(step: Step, turn: str, room: int, rest: int) -> Iterator[Line]:
+def _step(step: Step, turn: str, call_width: int, result_width: int) -> Iterator[Line]:
     result, tail = step.tool_result, _tail(step)
     failed = result.error is not None
-    below = tail.partition(": ")[2] if failed and ("\n" in tail or len(tail) > rest) else ""
+    below = tail.partition(": ")[2] if failed and ("\n" in tail or len(tail) > result_width) else ""
     tail = "ERROR" if below else tail
     took = duration(result.duration_ms / 1000) if result.duration_ms else "-"
     number, style = f"{turn:>4}  {'#' + str(step.number):>5} {'✗' if failed else '✓'}", "red" if failed else ""
-    yield Line(f"{number} {shorten(_call(step), room):<{room}}  {shorten(tail, rest):<{rest}}  {took:>8}", style)
+    call, tail = shorten(_call(step), call_width), shorten(tail, result_width)
+    yield Line(f"{number} {call:<{call_width}}  {tail:<{result_width}}  {took:>8}", style)
     below = "\n".join(filter(None, (below, _raised_at(step))))
-    yield from (Line(" " * COLUMN + text, style) for text in wrapped(below, room + rest + TIME))
+    yield from (Line(" " * COLUMN + text, style) for text in wrapped(below, call_width + result_width + TIME))
 
 
 def _columns(calls: Sequence[int], results: Sequence[int], width: int) -> tuple[int, int]:
     """Return the widths of the two columns that share what the others leave."""
     both = width - COLUMN - TIME
-    room = max(both - max(results, default=0), int(both * CALL_SHARE))
-    room = max(4, min(room, MAX_CALL, max(calls, default=0)))
-    return room, both - room
+    call_width = max(both - max(results, default=0), int(both * CALL_SHARE))
+    call_width = max(4, min(call_width, MAX_CALL, max(calls, default=0)))
+    return call_width, both - call_width
 
 
 def _note(row: Row, turn: str, width: int) -> Iterator[Line]:
@@ -213,11 +216,18 @@ def span_tree(run: RunView) -> Iterator[Line]:
 
 
 def conversation(run: RunView) -> Iterator[Line]:
-    """Yield what was new in each request, and the last answer."""
+    """Yield what was new in each request, and the last answer.
+
+    Messages that a pause kept are in the log, and no request was the first to send them.
+    """
+    shown = 0
     for number, chat in enumerate(run.chats, 1):
         yield Line("")
         yield Line(one_line(f"turn {chat.turn_number or number}, sent to {chat.name.removeprefix('chat ')}"), "bold")
-        yield from _messages(run.new_messages(chat), chat.attributes.get(semconv.INPUT_FIRST, 0))
+        new, first = run.new_messages(chat), chat.attributes.get(semconv.INPUT_FIRST, 0)
+        kept = [run.message_log[place] for place in range(shown, first) if place in run.message_log]
+        yield from _messages([*kept, *new], first - len(kept))
+        shown = max(shown, first + len(new))
     if run.chats:
         yield Line("")
         yield Line("the last answer", "bold")

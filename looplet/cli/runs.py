@@ -47,14 +47,14 @@ def rows_of(run: RunView) -> list[Row]:
 
 def compaction(node: SpanNode) -> str:
     """Return a line about what a compaction did."""
-    told = node.attributes
-    why = f"compaction ({told[semconv.COMPACT_REASON]})"
+    facts = node.attributes
+    why = f"compaction ({facts[semconv.COMPACT_REASON]})"
     if node.is_error:
         return f"{why} failed: {reason_of(node)}"
-    if not told.get(semconv.COMPACT_COMPACTED):
+    if not facts.get(semconv.COMPACT_COMPACTED):
         return f"{why}: nothing could go"
-    messages = f"{told.get(semconv.COMPACT_MESSAGES_BEFORE, '?')} → {told.get(semconv.COMPACT_MESSAGES_AFTER, '?')}"
-    tokens = f"{told.get(semconv.COMPACT_TOKENS_BEFORE, '?')} → {told.get(semconv.COMPACT_TOKENS_AFTER, '?')}"
+    messages = f"{facts.get(semconv.COMPACT_MESSAGES_BEFORE, '?')} → {facts.get(semconv.COMPACT_MESSAGES_AFTER, '?')}"
+    tokens = f"{facts.get(semconv.COMPACT_TOKENS_BEFORE, '?')} → {facts.get(semconv.COMPACT_TOKENS_AFTER, '?')}"
     return f"{why}: {messages} messages, about {tokens} tokens"
 
 
@@ -87,23 +87,23 @@ def _is_tool_call(node: SpanNode) -> bool:
 
 def words_of(event: EventRecord) -> str:
     """Return a line about an event; an empty one for those that other lines tell, and for those of others."""
-    told = event.attributes
-    hook = f"hook {told.get(semconv.HOOK_NAME, '')}.{told.get(semconv.HOOK_METHOD, '')}"
+    data = event.attributes
+    hook = f"hook {data.get(semconv.HOOK_NAME, '')}.{data.get(semconv.HOOK_METHOD, '')}"
     match event.name:
         case semconv.EVENT_HOOK:
-            said = told.get(semconv.HOOK_DECISION) or told.get(semconv.ERROR_TYPE, "")
-            return f"{hook}: {said}" + (f" — {told[semconv.HOOK_REASON]}" if semconv.HOOK_REASON in told else "")
+            said = data.get(semconv.HOOK_DECISION) or data.get(semconv.ERROR_TYPE, "")
+            return f"{hook}: {said}" + (f" — {data[semconv.HOOK_REASON]}" if semconv.HOOK_REASON in data else "")
         case semconv.EVENT_HOOK_SKIPPED:
             return f"{hook} was not asked: the run was left in a hurry"
         case semconv.EVENT_PARSE_FAILURE:
-            return f"no tool call in the reply (attempt {told.get(semconv.PARSE_ATTEMPT, '?')})"
+            return f"no tool call in the reply (attempt {data.get(semconv.PARSE_ATTEMPT, '?')})"
         case semconv.EVENT_CALL_DROPPED:
-            return f"call {told.get(semconv.TOOL_CALL_ID, '')} was not run"
+            return f"call {data.get(semconv.TOOL_CALL_ID, '')} was not run"
         case semconv.EVENT_APPROVAL_REQUESTED:
-            asked = told.get(semconv.APPROVAL_QUESTION)
-            return f"approval of {told.get(semconv.TOOL_NAME, 'a call')} asked for" + (f": {asked}" if asked else "")
+            asked = data.get(semconv.APPROVAL_QUESTION)
+            return f"approval of {data.get(semconv.TOOL_NAME, 'a call')} asked for" + (f": {asked}" if asked else "")
         case semconv.EVENT_APPROVAL_ANSWERED:
-            return f"approval of {told.get(semconv.TOOL_CALL_ID, 'a call')}: {told.get(semconv.APPROVAL_VERDICT, '?')}"
+            return f"approval of {data.get(semconv.TOOL_CALL_ID, 'a call')}: {data.get(semconv.APPROVAL_VERDICT, '?')}"
         case semconv.EVENT_STEP:
             return ""
     return _plain_words(event) if event.name.startswith("looplet.") else ""

@@ -71,8 +71,8 @@ def _show(path: Path, wanted: str | None, full: bool, as_json: bool) -> None:
     runs = choose(trace, wanted) if wanted is not None else family[""]
     problems = [f"{trace.path}:{problem.line}: {problem.message}" for problem in trace.problems]
     if as_json:
-        told = {"path": trace.path, "problems": problems, "runs": [document(run, family, full) for run in runs]}
-        click.echo(json.dumps(Boundary().clean(told), indent=2, allow_nan=False))
+        found = {"path": trace.path, "problems": problems, "runs": [document(run, family, full) for run in runs]}
+        click.echo(json.dumps(Boundary().clean(found), indent=2, allow_nan=False))
         return
     lines = [line for run in runs for line in page(run, family, full, _width())]
     _print([*lines, *(Line(one_line(f"problem: {words}"), "yellow") for words in problems)])

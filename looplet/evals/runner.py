@@ -56,7 +56,7 @@ class EvalRow(TypedDict):
     per_run: list[dict[str, Any]]
     """`EvalResult.to_dict()` of every run, with the run's label as `run`"""
     errors: list[str]
-    """why runs have no verdict; equal reasons are told once"""
+    """why runs have no verdict; equal reasons stand here once"""
 
 
 # --- finding evaluators -----------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def _labelled(index: int, item: Any) -> tuple[str, Any]:
 
 
 def _row(name: str, required: bool, results: list[tuple[str, EvalResult]], threshold: float, mean: bool) -> EvalRow:
-    errors = _told_once([(label, result.complaint) for label, result in results if result.complaint is not None])
+    errors = _each_once([(label, result.complaint) for label, result in results if result.complaint is not None])
     scores = [result.score for _, result in results if result.complaint is None and result.score is not None]
     average = fmean(scores) if scores else None
     if mean:
@@ -327,7 +327,7 @@ def _row(name: str, required: bool, results: list[tuple[str, EvalResult]], thres
     }
 
 
-def _told_once(complaints: list[tuple[str, str]]) -> list[str]:
+def _each_once(complaints: list[tuple[str, str]]) -> list[str]:
     """Return `reason (in run_1)`, or `reason (in 7 runs, first run_1)`: one line for each reason."""
     labels: dict[str, list[str]] = {}
     for label, reason in complaints:

@@ -116,8 +116,8 @@ def _deltas(block: Block) -> tuple[Block, list[dict[str, Any]]]:
         seal = {"type": "signature_delta", "signature": block["signature"]}
         return {**block, "thinking": "", "signature": ""}, [*thoughts, seal]
     if block["type"] == "tool_use":
-        told = block["input"] if isinstance(block["input"], str) else json.dumps(block["input"], ensure_ascii=False)
-        return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(told)]
+        text = block["input"] if isinstance(block["input"], str) else json.dumps(block["input"], ensure_ascii=False)
+        return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": piece} for piece in pieces(text)]
     return block, []
 
 
@@ -136,7 +136,7 @@ def _usage(given: Any) -> dict[str, Any]:
 def _words(content: Any) -> int:
     if isinstance(content, str):
         return len(content.split())
-    told = (
+    parts = (
         block.get("text") or block.get("thinking") or block.get("content") or block.get("input") for block in content
     )
-    return sum(len(str(value).split()) for value in told if value)
+    return sum(len(str(value).split()) for value in parts if value)

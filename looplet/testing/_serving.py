@@ -160,8 +160,8 @@ class ScriptedServer:
 
     def env(self) -> dict[str, str]:
         """Return the environment variables that lead a sub-process here."""
-        told = {"BASE_URL": self.base_url, "API_KEY": API_KEY, "MODEL": self.model}
-        return {f"{self._environment}_{name}": value for name, value in told.items()}
+        variables = {"BASE_URL": self.base_url, "API_KEY": API_KEY, "MODEL": self.model}
+        return {f"{self._environment}_{name}": value for name, value in variables.items()}
 
     def _reply(self, method: str, target: str, headers: Mapping[str, str], raw: bytes) -> Response:
         named = {name.lower(): value for name, value in headers.items()}

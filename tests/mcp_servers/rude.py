@@ -35,7 +35,7 @@ def say(message: Any) -> None:
 
 def tools(cursor: str | None) -> dict[str, Any]:
     tool = {"name": "call", "inputSchema": SCHEMAS.get(MODE, {"type": "object", "properties": {}})}
-    if MODE == "slow":
+    if MODE in ("slow", "endless-number"):
         tool["inputSchema"]["properties"] = {"wait": {"type": "boolean"}}
     if MODE == "twins":
         return {"tools": [{**tool, "name": "a.b"}, {**tool, "name": "a/b"}]}
@@ -55,6 +55,8 @@ def answer(message: dict[str, Any]) -> None:
         say({"jsonrpc": "2.0", "id": number, "result": tools(params.get("cursor"))})
     elif method == "tools/call":
         call(number, params.get("arguments") or {})
+    elif method == "resources/read" and MODE == "slow":
+        note("called")
     elif number is not None:
         say({"jsonrpc": "2.0", "id": number, "error": {"code": -32601, "message": "no such method"}})
 
@@ -68,6 +70,9 @@ def greeting(params: dict[str, Any]) -> dict[str, Any]:
 def call(number: Any, arguments: dict[str, Any]) -> None:
     if MODE == "garbage":
         say("this is not JSON")
+    elif MODE == "endless-number" and arguments:
+        told = {"progressToken": number, "progress": 10**400}
+        say({"jsonrpc": "2.0", "method": "notifications/progress", "params": told})
     elif MODE == "error":
         error = {"code": -32000, "message": "out of cheese", "data": {"left": 0}}
         say({"jsonrpc": "2.0", "id": number, "error": error})

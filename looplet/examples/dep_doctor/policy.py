@@ -34,7 +34,7 @@ def reply(messages: Sequence[Message]) -> Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class PastCall:
     """One call that was made, and what the tool answered."""
 
     tool: str
@@ -52,86 +52,86 @@ class Told:
         return value if isinstance(value, type(default)) else default
 
 
-def history(messages: Sequence[Message]) -> list[Told]:
+def history(messages: Sequence[Message]) -> list[PastCall]:
     """Return the calls of a conversation that have an answer, oldest answer first."""
     calls = {call.call_id: call for message in messages for call in message.tool_calls}
     answers = [part for message in messages for part in message.parts if part["type"] == "tool_call_response"]
     known = [(calls[part["id"]], part["response"]) for part in answers if part["id"] in calls]
-    return [Told(call.tool, call.args, response) for call, response in known]
+    return [PastCall(call.tool, call.args, response) for call, response in known]
 
 
-def decide(told: Sequence[Told]) -> list[ToolCall]:
+def decide(calls: Sequence[PastCall]) -> list[ToolCall]:
     """Return what to do next: look, read, check, report, finish."""
-    found = last(told, "detect_files")
+    found = last(calls, "detect_files")
     if found is None:
         return [ToolCall("detect_files", reasoning="see which dependency files there are")]
-    asked = {entry.args.get("path") for entry in told if entry.tool == "parse_file"}
+    asked = {entry.args.get("path") for entry in calls if entry.tool == "parse_file"}
     unread = [path for path in detected(found) if path not in asked]
     if unread:
         return [ToolCall("parse_file", {"path": path}, "read what it asks for") for path in unread]
-    made = {entry.tool for entry in told}
-    if open_checks := [name for name in sensible_checks(found, told) if name not in made]:
+    made = {entry.tool for entry in calls}
+    if open_checks := [name for name in sensible_checks(found, calls) if name not in made]:
         return [ToolCall(name, reasoning=f"look at {CHECKS[name]}") for name in open_checks]
-    report = last(told, "write_report")
+    report = last(calls, "write_report")
     if report is None or report.is_failure:
-        return [ToolCall("write_report", {"summary": summary(told)}, "everything that makes sense was checked")]
-    return [ToolCall("done", {"answer": answer(report, told)}, "the report is written")]
+        return [ToolCall("write_report", {"summary": summary(calls)}, "everything that makes sense was checked")]
+    return [ToolCall("done", {"answer": answer(report, calls)}, "the report is written")]
 
 
-def last(told: Sequence[Told], tool: str) -> Told | None:
+def last(calls: Sequence[PastCall], tool: str) -> PastCall | None:
     """Return the latest call of a tool."""
-    return next((entry for entry in reversed(told) if entry.tool == tool), None)
+    return next((entry for entry in reversed(calls) if entry.tool == tool), None)
 
 
-def detected(found: Told) -> list[str]:
+def detected(found: PastCall) -> list[str]:
     """Return the paths that detect_files listed."""
     return [str(file["path"]) for file in found.get("files", [])]
 
 
-def sensible_checks(found: Told, told: Sequence[Told]) -> list[str]:
+def sensible_checks(found: PastCall, calls: Sequence[PastCall]) -> list[str]:
     """Return the checks that have something to look at: packages for the first three, Python files for the last."""
-    has_packages = any(entry.get("dependencies", []) or entry.get("locked", []) for entry in parsed(told))
+    has_packages = any(entry.get("dependencies", []) or entry.get("locked", []) for entry in parsed(calls))
     checks = ["check_security", "check_licences", "check_maintenance"] if has_packages else []
     return checks + (["check_imports"] if found.get("python_files", 0) else [])
 
 
-def parsed(told: Sequence[Told]) -> list[Told]:
+def parsed(calls: Sequence[PastCall]) -> list[PastCall]:
     """Return the files that were read, broken ones included."""
-    return [entry for entry in told if entry.tool == "parse_file" and not entry.is_failure]
+    return [entry for entry in calls if entry.tool == "parse_file" and not entry.is_failure]
 
 
-def summary(told: Sequence[Told]) -> str:
-    """Return some sentences on what the calls have told, for the head of the report."""
-    sentences = [_on_files(parsed(told))]
-    sentences += [_on_broken(entry) for entry in parsed(told) if entry.get("error", "")]
-    sentences += [_on_check(entry) for entry in told if entry.tool in CHECKS]
-    failed = [entry for entry in told if entry.is_failure]
+def summary(calls: Sequence[PastCall]) -> str:
+    """Return some sentences on what the calls have found, for the head of the report."""
+    sentences = [_on_files(parsed(calls))]
+    sentences += [_on_broken(entry) for entry in parsed(calls) if entry.get("error", "")]
+    sentences += [_on_check(entry) for entry in calls if entry.tool in CHECKS]
+    failed = [entry for entry in calls if entry.is_failure]
     sentences += [f"{entry.tool} failed: {entry.result['error']}." for entry in failed]
     return " ".join(sentences)
 
 
-def answer(report: Told, told: Sequence[Told]) -> str:
+def answer(report: PastCall, calls: Sequence[PastCall]) -> str:
     """Return the grades and what to repair first."""
     grades = ", ".join(f"{part} {says['grade']}" for part, says in report.get("parts", {}).items())
-    worst = sorted(_findings(told), key=lambda finding: SEVERITIES.index(finding["severity"]))[:1]
+    worst = sorted(_findings(calls), key=lambda finding: SEVERITIES.index(finding["severity"]))[:1]
     first = [f"Repair first: {finding['where']} — {finding['fact']}" for finding in worst]
     return " ".join([f"Grades: {grades}.", *(first or ["Nothing was found that needs a repair."])])
 
 
-def _on_files(files: Sequence[Told]) -> str:
+def _on_files(files: Sequence[PastCall]) -> str:
     if not files:
         return "There is no dependency file in this folder."
     ecosystems = " and ".join(sorted({entry.get("ecosystem", "") for entry in files}))
     return f"{_count(len(files), 'dependency file')} of {ecosystems} read."
 
 
-def _on_broken(entry: Told) -> str:
+def _on_broken(entry: PastCall) -> str:
     line = entry.get("line", 0)
     where = f"{entry.get('path', '')}:{line}" if line else entry.get("path", "")
     return f"{where} cannot be read, so what it asks for is unknown."
 
 
-def _on_check(entry: Told) -> str:
+def _on_check(entry: PastCall) -> str:
     found = entry.get("findings", [])
     subject = CHECKS[entry.tool].capitalize()
     if not found:
@@ -141,10 +141,10 @@ def _on_check(entry: Told) -> str:
     return f"{subject}: {_count(number, 'finding')}, the worst is {worst['severity']} ({worst['package'].strip('()')})."
 
 
-def _findings(told: Sequence[Told]) -> list[dict[str, Any]]:
+def _findings(calls: Sequence[PastCall]) -> list[dict[str, Any]]:
     """Return what the checks found, and the files that cannot be read as the findings that they are."""
-    found = [finding for entry in told if entry.tool in CHECKS for finding in entry.get("findings", [])]
-    broken = [entry for entry in parsed(told) if entry.get("error", "")]
+    found = [finding for entry in calls if entry.tool in CHECKS for finding in entry.get("findings", [])]
+    broken = [entry for entry in parsed(calls) if entry.get("error", "")]
     return found + [
         {"severity": "high", "where": entry.get("path", ""), "fact": entry.get("error", "")} for entry in broken
     ]

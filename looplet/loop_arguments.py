@@ -1,4 +1,4 @@
-"""The arguments of a loop: what cannot work is said here, at the call, with what to write instead."""
+"""The arguments of `composable_loop`: checked, with errors that say what to write instead, and filled with defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from looplet.arguments import require, shown, whole
+from looplet.arguments import int_from, require, shown
 from looplet.config import LoopConfig
 from looplet.errors import ConfigError, did_you_mean
 from looplet.hooks import HookSet
@@ -21,8 +21,8 @@ from looplet.tools import BaseToolRegistry
 logger = logging.getLogger("looplet")
 
 
-def check_plan(task: Any, tools: Any, hooks: Any, config: Any) -> None:
-    """Raise ConfigError for a task, tools, hooks or config that are of no use."""
+def check_definition(task: Any, tools: Any, hooks: Any, config: Any) -> None:
+    """Raise ConfigError for a task, tools, hooks or config of the wrong type."""
     if task is not None and not isinstance(task, Mapping):
         raise ConfigError(f'task must be a dict; write task={{"goal": {task!r:.60}}}')
     if tools is None:
@@ -37,7 +37,7 @@ def check_plan(task: Any, tools: Any, hooks: Any, config: Any) -> None:
 
 
 def check_objects(state: Any, system_prompt: Any, tracer_provider: Any, session_log: Any, conversation: Any) -> None:
-    """Raise ConfigError for objects that a run cannot write into, and for a prompt or a provider that is none."""
+    """Raise ConfigError for a prompt or a provider of the wrong type, and for objects that a run cannot write into."""
     if system_prompt is not None and not isinstance(system_prompt, str):
         raise ConfigError(f"system_prompt must be a str, not {type(system_prompt).__name__}")
     if state is not None and not isinstance(getattr(state, "steps", None), list):
@@ -52,8 +52,8 @@ def check_objects(state: Any, system_prompt: Any, tracer_provider: Any, session_
         raise ConfigError(f"conversation must be a Conversation(), not {shown(conversation)}")
 
 
-def paused_given(resume: Any, verdict: Any, task: Any, conversation: Any) -> Paused | None:
-    """Return the paused run that is to go on, None for a new one; raises ConfigError for what does not go with it."""
+def run_to_resume(resume: Any, verdict: Any, task: Any, conversation: Any) -> Paused | None:
+    """Return the paused run that is to go on, None for a new one.  Raises ConfigError for what does not go with it."""
     if resume is None:
         if verdict is not None:
             raise ConfigError("verdict= answers a run that waits: pass that run, or its trace, as resume=")
@@ -65,17 +65,20 @@ def paused_given(resume: Any, verdict: Any, task: Any, conversation: Any) -> Pau
     return paused_of(resume)
 
 
-def settings_given(
+def merged_settings(
     config: LoopConfig | None, max_steps: int | None, system_prompt: str | None, state: Any
 ) -> LoopConfig:
-    """Return the config with what was said beside it; the smaller `max_steps` wins where a state has one, too."""
+    """Return the config with `max_steps` and `system_prompt` put in.
+
+    Where `max_steps` and the state's own differ, the smaller wins.
+    """
     settings = config or LoopConfig()
     steps = max_steps if max_steps is not None else settings.max_steps if config is not None else None
     given = getattr(state, "max_steps", None)
     if given is not None:
         steps = given if steps is None else min(steps, given)
     steps = settings.max_steps if steps is None else steps
-    require("max_steps", steps, whole(0))
+    require("max_steps", steps, int_from(0))
     changes: dict[str, Any] = {"max_steps": steps}
     if system_prompt is not None:
         changes["system_prompt"] = system_prompt
@@ -83,7 +86,7 @@ def settings_given(
     return replace(settings, **changes)
 
 
-def state_given(state: Any, settings: LoopConfig) -> Any:
+def state_of_run(state: Any, settings: LoopConfig) -> Any:
     """Return the state, or a new one, with the `max_steps` of the settings."""
     if state is None:
         return DefaultState(max_steps=settings.max_steps)
@@ -94,7 +97,9 @@ def state_given(state: Any, settings: LoopConfig) -> Any:
     return state
 
 
-def with_ends(tools: BaseToolRegistry, output_type: Any, settings: LoopConfig, hooks: HookSet) -> BaseToolRegistry:
+def with_ending_tools(
+    tools: BaseToolRegistry, output_type: Any, settings: LoopConfig, hooks: HookSet
+) -> BaseToolRegistry:
     """Return the tools, with a done tool for `output_type`.
 
     Raises ConfigError for an ending tool that the config names and nobody registered.  A registry without `done` is

@@ -1,4 +1,4 @@
-"""Where a run is recorded: its sinks, the user's tracer, and the boundaries in front of them."""
+"""From the arguments of a loop to its `RunTrace`: the sinks, the user's tracer, and the boundaries before them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from looplet.telemetry.router import route
 from looplet.telemetry.spans import RunTrace
 
 UNFIT: Final = "unfit_for"
-"""the method by which a sink that writes files says that it cannot go on with a run"""
+"""a method of sinks: `unfit_for(run_id, path)` says why the sink cannot go on with a paused run, "" if it can"""
 CAPTURE_CONTENT: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 
 
 def sinks_of(llm: Any, hooks: HookSet, above: Recorder | None, paused: Paused | None) -> list[Any]:
-    """Return who writes the run.
+    """Return the sinks of a run; raises ConfigError for a sink that cannot go on with the paused run.
 
-    One that was paused goes on in its file, named or not: else the file would go on to say that it waits.
+    A paused run always goes on in its own file: else the file would still say that the run waits.
     """
     if paused is None:
         return _found_sinks(llm, hooks.brought(SINK), above)
@@ -82,7 +82,7 @@ def trace_of(
     above: Recorder | None,
     paused: Paused | None,
 ) -> RunTrace:
-    """Return the phases of a run, and with them its recorder."""
+    """Return what records the phases of a run: its `RunTrace`, with a recorder for sinks and tracer."""
     provider = tracer_provider if tracer_provider is not None else trace.get_tracer_provider()
     tracer = above.tracer if tracer_provider is None and above is not None else _tracer(provider)
     if tracer is not None and sinks:

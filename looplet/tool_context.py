@@ -16,6 +16,7 @@ class ToolContext:
     cancel_token: CancelToken = field(default_factory=CancelToken)
     """cancelled when nobody waits for the call any more: it took too long, or the run was left"""
     on_progress: Callable[[str, Any], Any] | None = None
+    """gets what `report_progress` reports: stage, data"""
     session_id: str | None = None
     """the run's id"""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -23,8 +24,11 @@ class ToolContext:
     llm: Any = None
     """the run's model; what it is asked is part of the run"""
     request_approval: Callable[[str, list[str]], str | None] | None = None
+    """asks a human: question, options → the option chosen, None when nobody can be asked"""
     warnings: list[str] = field(default_factory=list)
+    """become those of the result"""
     resources: dict[str, Any] = field(default_factory=dict)
+    """what the tool `requires`, by name"""
 
     def report_progress(self, stage: str, data: Any = None) -> None:
         """Tell how far the call is."""

@@ -1,4 +1,4 @@
-"""`Approvals`: what a run keeps in order to pause for a human, and to go on."""
+"""`ApprovalState`: what a run has asked humans, what they answered, and what it needs to pause and go on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from looplet.errors import ConfigError
 from looplet.pause import Pause
 from looplet.types import ToolCall
 
-GONE_ON: Final = "the run has gone on from this pause already; what it waited for is not done twice"
+ALREADY_RESUMED: Final = "the run has gone on from this pause already; what it waited for is not done twice"
 
 
 class Once:
-    """Lets one of those who ask go on."""
+    """A pause may be resumed once: the first `take` succeeds, in whichever thread, and every other one fails."""
 
     __slots__ = ("_lock", "is_taken")
 
@@ -25,20 +25,20 @@ class Once:
         self.is_taken = False
 
     def take(self, confirm: Callable[[], None]) -> None:
-        """Go on if nobody has, and if `confirm` does not raise.  Raises ConfigError for everybody else."""
+        """Take it, unless `confirm` raises.  Raises ConfigError when it is taken already."""
         with self._lock:
             if self.is_taken:
-                raise ConfigError(GONE_ON)
+                raise ConfigError(ALREADY_RESUMED)
             confirm()
             self.is_taken = True
 
 
 @dataclass(slots=True)
-class Approvals:
-    """The questions of a run, their answers, and what the next segment begins with."""
+class ApprovalState:
+    """The questions of a run, their answers, and what its next segment begins with."""
 
     askers: Sequence[Callable[[Sequence[ApprovalRequest], str], Any]] = ()
-    """who is handed the questions and the run's id; without one, a run does not pause"""
+    """functions that are given the questions and the run's id; without one, a run does not pause"""
     requests: list[ApprovalRequest] = field(default_factory=list)
     """what the run waits for, when it pauses"""
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -48,9 +48,9 @@ class Approvals:
     pause: Pause | None = None
     """the record of a run that has paused"""
     once: Once = field(default_factory=Once)
-    """lets one run go on from it"""
+    """of `pause`: one run may go on from it"""
     claim: Callable[[], None] | None = None
-    """of a run that goes on: makes sure, before its first step, that no other one does"""
+    """of a resumed run: called before its first step; raises ConfigError when another run has resumed the same pause"""
 
     def take_held(self) -> Sequence[ToolCall]:
         """Return the calls with which a resumed run goes on; none, once they have been taken."""
