@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import isfinite
 from typing import Any, Final
@@ -17,6 +17,7 @@ import msgspec
 from opentelemetry.trace import SpanKind, StatusCode
 
 from looplet.telemetry.otlp_decode import EventRecord, LinkRecord, SpanRecord, decode_line
+from looplet.telemetry.recorded_span import UNSET
 
 __all__ = ["EventRecord", "LinkRecord", "SpanRecord", "decode_line", "encode_spans"]
 
@@ -53,11 +54,14 @@ class _Span(msgspec.Struct, rename="camel", omit_defaults=True, gc=False):
     start_time_unix_nano: str
     end_time_unix_nano: str
     parent_span_id: str = ""
-    trace_state: str = ""
     attributes: list[_Attribute] = []
-    events: list[_Event] = []
-    links: list[_Link] = []
+    events: Sequence[_Event] = ()
+    links: Sequence[_Link] = ()
     status: _Status | None = None
+
+
+class _ForeignSpan(_Span, gc=False):
+    trace_state: str = ""
     dropped_attributes_count: int = 0
     dropped_events_count: int = 0
     dropped_links_count: int = 0
@@ -90,19 +94,18 @@ def encode_spans(spans: Iterable[Any], *, on_error: Callable[[Any, Exception], N
     handed to `on_error` with what was raised.  Resources and scopes are encoded once each: they must not change.
     """
     lines: dict[_Frame, list[_Span]] = {}
-    resource = scope = line = None
+    frame: _Frame | None = None
     for span in spans:
         try:
             made = _span(span)
-            if line is None or span.resource is not resource or span.instrumentation_scope is not scope:
+            if frame is None or span.resource is not frame.resource or span.instrumentation_scope is not frame.scope:
                 frame = _frame(span.resource, span.instrumentation_scope)
-                resource, scope = frame.resource, frame.scope
                 line = lines.setdefault(frame, [])
             line.append(made)
         except Exception as error:  # noqa: BLE001 - spans are foreign objects; one must not cost us the others
             if on_error is not None:
                 on_error(span, error)
-    return b"".join([frame.head + _encoded(line) + frame.tail for frame, line in lines.items()])
+    return b"".join([part for frame, line in lines.items() for part in (frame.head, _encoded(line), frame.tail)])
 
 
 class _Frame:
@@ -147,44 +150,57 @@ def _schema(owner: Any) -> dict[str, str]:
 
 
 def _span(span: Any) -> _Span:
+    """Return a span as it is encoded; those of looplet's own are told sooner than others."""
     plain = getattr(span, "plain_ids", None)
-    trace_id, span_id, parent_id = plain if plain is not None else _ids_of(span)
+    if plain is None:
+        return _foreign_span(span)
+    trace_id, span_id, parent_id = plain
     made = _Span(
         _trace_id(trace_id),
         f"{span_id:016x}",
         _LOCAL,
-        _text(span.name),
+        span.name,
         1 if span.kind is _INTERNAL else span.kind.value + 1,
+        str(span.start_time),
+        str(span.end_time),
+        f"{parent_id:016x}",
+        _attributes(span.attributes),
+    )
+    if span.events or span.links or span.status is not UNSET:
+        _add_rest(span, made)
+    return made
+
+
+def _foreign_span(span: Any) -> _Span:
+    """Return a span of somebody else's, or one of looplet's whose ids are not all there is to say about its place."""
+    own, parent = span.context, span.parent
+    made = _ForeignSpan(
+        _trace_id(own.trace_id),
+        f"{own.span_id:016x}",
+        _REMOTE if parent is not None and parent.is_remote else _LOCAL,
+        _text(span.name),
+        span.kind.value + 1,
         str(span.start_time or 0),
         str(span.end_time or 0),
-        f"{parent_id:016x}" if parent_id else "",
+        "" if parent is None else f"{parent.span_id:016x}",
+        _attributes(span.attributes or {}),
+        trace_state=_text(own.trace_state.to_header()) if own.trace_state else "",
+        dropped_attributes_count=getattr(span, "dropped_attributes", 0),
+        dropped_events_count=getattr(span, "dropped_events", 0),
+        dropped_links_count=getattr(span, "dropped_links", 0),
     )
-    if span.attributes:
-        made.attributes = _attributes(span.attributes)
+    _add_rest(span, made)
+    return made
+
+
+def _add_rest(span: Any, made: _Span) -> None:
+    """Add what few spans have."""
     if span.events:
         made.events = [_event(event) for event in span.events]
     if span.links:
         made.links = [_link(link) for link in span.links]
     if span.status is not None and span.status.status_code is not _UNSET:
         made.status = _Status(span.status.status_code.value, _text(span.status.description or ""))
-    if plain is None:
-        _add_context(span, made)
-    return made
-
-
-def _ids_of(span: Any) -> tuple[int, int, int]:
-    return span.context.trace_id, span.context.span_id, 0 if span.parent is None else span.parent.span_id
-
-
-def _add_context(span: Any, made: _Span) -> None:
-    """Add what only foreign spans say, and spans with a parent in another process."""
-    made.dropped_attributes_count = getattr(span, "dropped_attributes", 0)
-    made.dropped_events_count = getattr(span, "dropped_events", 0)
-    made.dropped_links_count = getattr(span, "dropped_links", 0)
-    if span.parent is not None and span.parent.is_remote:
-        made.flags = _REMOTE
-    if span.context.trace_state:
-        made.trace_state = _text(span.context.trace_state.to_header())
 
 
 @lru_cache(maxsize=64)
@@ -236,32 +252,39 @@ def _known(value: Any, path: tuple[int, ...]) -> Any:
         return _Int(str(int(value)))
     if isinstance(value, (bytes, bytearray, memoryview)):
         return {"bytesValue": b64encode(value).decode()}
-    if isinstance(value, (list, tuple, Mapping)):
-        return _container(value, path)
+    if isinstance(value, (list, tuple)):
+        return _array(value, path)
+    if isinstance(value, Mapping):
+        return _kvlist(value, path)
     return _String(_text(value))
+
+
+def _array(value: Sequence[Any], path: tuple[int, ...] = ()) -> Any:
+    if id(value) in path or len(path) >= _MAX_DEPTH:
+        return _String(_text(value))
+    path = (*path, id(value))
+    items = [_value(item, path) for item in value]
+    return {"arrayValue": {"values": items} if items else {}}
+
+
+def _kvlist(value: Mapping[Any, Any], path: tuple[int, ...]) -> Any:
+    if id(value) in path or len(path) >= _MAX_DEPTH:
+        return _String(_text(value))
+    path = (*path, id(value))
+    pairs = [_Attribute(_text(key), _value(item, path)) for key, item in value.items()]
+    return {"kvlistValue": {"values": pairs} if pairs else {}}
 
 
 def _whole(value: int) -> Any:
     return _Int(str(value)) if _MIN_INT <= value <= _MAX_INT else _value(value)
 
 
-_SIMPLE: Final[dict[type, Callable[[Any], Any]]] = {str: _String, int: _whole}
+_SIMPLE: Final[dict[type, Callable[[Any], Any]]] = {str: _String, int: _whole, list: _array}
 """what makes an AnyValue of the most frequent types, sooner than `_value` does"""
 
 
 def _not_finite(value: float) -> str:
     return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-
-
-def _container(value: Any, path: tuple[int, ...]) -> Any:
-    if id(value) in path or len(path) >= _MAX_DEPTH:
-        return _String(_text(value))
-    path = (*path, id(value))
-    if isinstance(value, Mapping):
-        pairs = [_Attribute(_text(key), _value(item, path)) for key, item in value.items()]
-        return {"kvlistValue": {"values": pairs} if pairs else {}}
-    items = [_value(item, path) for item in value]
-    return {"arrayValue": {"values": items} if items else {}}
 
 
 def _text(value: object) -> str:

@@ -110,9 +110,10 @@ class RecordedSpan(Span):
 
     def as_context(self) -> Context:
         """Return the OpenTelemetry context in which this span is the current one."""
-        if self._as_context is None:
-            self._as_context = self._recorder.context_of(self)
-        return self._as_context
+        context = self._as_context
+        if context is None:
+            context = self._as_context = self._recorder.context_of(self)
+        return context
 
     def put(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes that have passed the boundary already."""
@@ -213,6 +214,7 @@ class RecordedSpan(Span):
         if recorder.open.pop(self.span_id, None) is None:  # atomic: two threads may end a stuck call
             return
         self.end_time = ended
+        self._as_context = None  # which holds the span: no need to wait for the collector
         try:
             recorder.ended(self)  # at once: a Ctrl-C in between would lose the span
         finally:
