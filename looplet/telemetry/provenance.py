@@ -4,7 +4,7 @@ The file is the artifact; everything else in the folder is rendered from it by `
 straight from the recorder.  It is also an OpenTelemetry `SpanExporter` by shape (`export`, `shutdown`, `force_flush`),
 for spans of somebody else's: `provider.add_span_processor(SimpleSpanProcessor(sink))`.
 
-Taking a span is a `deque.append`: lock-free, so that a run collected in the middle of encoding can end its spans.
+Taking a span is a `list.append`: lock-free, so that a run collected in the middle of encoding can end its spans.
 Writing happens at durable points only, under a lock, and no code of the caller's runs under it.
 """
 
@@ -14,9 +14,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import repeat, starmap
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,9 +62,8 @@ class ProvenanceSink:
         self.redact_upstream = redact_upstream
         self._fsync = fsync
         self._file: OtlpFile | None = None
-        self._pending: deque[Any] = deque()
-        self._batch: list[Any] = []
-        """what is being encoded"""
+        self._pending: list[Any] = []
+        """what was taken and is not encoded"""
         self._unwritten = b""
         self._refused = ""
         """why the last write failed, empty after a success"""
@@ -219,18 +216,18 @@ class ProvenanceSink:
         self._file = OtlpFile(path, fsync=self._fsync)
 
     def _write_pending(self, problems: list[tuple[str, str]]) -> None:
-        if not (self._pending or self._batch or self._unwritten):
-            return  # and an older trace stays where it is
-        if self._file is None:
-            self._open_file("export", problems)
-        assert self._file is not None
-        while self._pending or self._batch or self._unwritten:
-            # A Ctrl-C may come between any two calls: each leaves every span in exactly one of the three places.
-            self._batch.extend(starmap(self._pending.popleft, repeat((), len(self._pending))))
+        while self._pending or self._unwritten:  # else an older trace stays where it is
+            if self._file is None:
+                self._open_file("export", problems)
+            assert self._file is not None
+            batch = self._pending[:]
+            count = len(batch)
             lines = encode_spans(
-                self._batch, on_error=lambda _, error: problems.append(("a span could not be encoded", repr(error)))
+                batch, on_error=lambda _, error: problems.append(("a span could not be encoded", repr(error)))
             )
-            self._batch, self._unwritten = [], self._unwritten + lines
+            # No call between these two, and so no Ctrl-C: it leaves every span in exactly one of the two places.
+            del self._pending[:count]
+            self._unwritten += lines
             try:
                 self._file.write(self._unwritten)
             except OSError as error:
@@ -249,8 +246,7 @@ class ProvenanceSink:
         """In a forked child: the file, and what was to be written to it, are the parent's."""
         self._lock = threading.RLock()
         self._writer = None
-        self._pending = deque()
-        self._batch = []
+        self._pending = []
         self._unwritten = b""
         self._runs = set()
         if self._file is not None:
