@@ -7,7 +7,6 @@ caller's right, none at all is a slip.  A hook is known by the name of its class
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -25,7 +24,7 @@ def require_guards(
     wanted: class names; given: for each hook the names of its classes, nearest first; limits, limited: names of what
     budgets limit.
     """
-    lacking = _lacking(wanted, given)
+    lacking = _lacking(list(wanted), given)
     unlimited = [name for name in limits if name not in set(limited)]
     if not lacking and not unlimited:
         return
@@ -39,18 +38,27 @@ def require_guards(
     )
 
 
-def _lacking(wanted: Iterable[str], given: Sequence[Sequence[str]]) -> list[str]:
-    """Return the names for which there is no hook; each hook stands for one, the nearest of its classes first."""
-    left = Counter(wanted)
-    fits = sorted(
-        (kinds.index(name), place, name) for place, kinds in enumerate(given) for name in left if name in kinds
-    )
-    free = set(range(len(given)))
-    for _, place, name in fits:
-        if place in free and left[name]:
-            free.remove(place)
-            left[name] -= 1
-    return list(left.elements())
+def _lacking(wanted: Sequence[str], given: Sequence[Sequence[str]]) -> list[str]:
+    """Return the names for which there is no hook; a hook stands for one name, of whichever of its classes fits best.
+
+    The assignment is the largest there is (augmenting paths), so that no order of the hooks has one refused.
+    """
+    assigned: dict[int, int] = {}
+
+    def assign(index: int, tried: set[int]) -> bool:
+        for place, kinds in enumerate(given):
+            if wanted[index] in kinds and place not in tried:
+                tried.add(place)
+                if place not in assigned or assign(assigned[place], tried):
+                    assigned[place] = index
+                    return True
+        return False
+
+    def distance(index: int) -> int:
+        return min([kinds.index(wanted[index]) for kinds in given if wanted[index] in kinds], default=0)
+
+    left = [index for index in sorted(range(len(wanted)), key=distance) if not assign(index, set())]
+    return [wanted[index] for index in sorted(left)]
 
 
 def warn_of_unknown_tools(hooks: HookSet, known: Sequence[str]) -> None:

@@ -264,6 +264,8 @@ def test_a_subclass_will_do_and_its_base_will_not(source, tmp_path):
         (["A", "B"], [["B", "A"], ["C", "A"]], None),
         (["B", "A"], [["C", "A"], ["B", "A"]], None),
         (["A", "B"], [["C", "B", "A"], ["D", "A"]], None),
+        (["A", "B"], [["X", "A", "B"], ["Z", "Y", "A"]], None),
+        (["A", "B"], [["Z", "Y", "A"], ["X", "A", "B"]], None),
         (["A", "A"], [["B", "A"]], "A"),
         (["A", "B"], [["B", "A"]], "A"),
         (["A", "A", "B"], [["A"]], "A, B"),
