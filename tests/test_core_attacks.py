@@ -380,8 +380,7 @@ def left(place, where, is_async, leave, token=None):
     assert run.stop_reason == reason
     soon(place.is_complete)  # a sub-agent ends when its tool has come back
     trace = place.whole(reason)
-    gc.collect()
-    soon(lambda: stuck.log.count("open") == stuck.log.count("close"))  # what a thread had open goes with that thread
+    soon(lambda: gc.collect() >= 0 and stuck.log.count("open") == stuck.log.count("close"))  # in whatever thread
     spans, total = books(trace)
     assert spans == total
     return stuck, router, total
@@ -1925,6 +1924,7 @@ def test_a_stream_is_not_silent_after_a_ctrl_c_anywhere_in_it():
             return trace_line
 
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # before `settrace`: Python 3.12 looks for it there only
         sys.settrace(lambda frame, *rest: trace_line if frame.f_code.co_filename in files else None)
         try:
             with suppress(KeyboardInterrupt):

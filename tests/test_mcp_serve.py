@@ -115,7 +115,7 @@ def test_the_official_client_gets_the_same_and_a_protocol_error_for_unknown_tool
     async def talk():
         program, *arguments = command(f"{SERVED}:everything", "--name", "mine")
         parameters = StdioServerParameters(command=program, args=arguments, env=environment())
-        async with Client(stdio_client(parameters)) as client:
+        async with Client(stdio_client(parameters, sys.stderr)) as client:
             greeted = await client.call_tool("greet", {"name": "Ann"})
             with pytest.raises(MCPError) as caught:
                 await client.call_tool("done", {"answer": "x"})
@@ -135,7 +135,7 @@ def with_official_client(talk, target=f"{SERVED}:everything"):
     async def main():
         program, *arguments = command(target)
         async with Client(
-            stdio_client(StdioServerParameters(command=program, args=arguments, env=environment()))
+            stdio_client(StdioServerParameters(command=program, args=arguments, env=environment()), sys.stderr)
         ) as client:
             return await talk(client)
 
